@@ -1,0 +1,206 @@
+"""The command line: train, eval, sample, export, report, config."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """\
+  grpo-jax train configs/quickstart.yaml
+  grpo-jax train configs/gsm8k_qwen.yaml model.path=Qwen/Qwen2.5-0.5B-Instruct optimizer.learning_rate=2e-6
+  grpo-jax eval runs/quickstart
+  grpo-jax sample runs/quickstart "23+45=" --count 8
+  grpo-jax export runs/quickstart my-model
+  grpo-jax report runs/quickstart
+  grpo-jax config configs/quickstart.yaml"""
+
+TRAIN = """\
+Train as CONFIG (a YAML file) says; key.path=value overrides any of its keys, with the value read as YAML:
+  grpo-jax train configs/quickstart.yaml steps=50 method.kl=0.01 mesh.fsdp=4
+
+The run's directory (`directory`, default runs/NAME) gets config.yaml, metrics.jsonl, samples.jsonl, TensorBoard files,
+checkpoints/, report.html and its picture. The same command goes on from the newest checkpoint; Ctrl-C and SIGTERM save
+one first. The last line, for scripts, is `NAME: pass@1 BEFORE -> AFTER in S s`; with evaluation.at_least set, a
+pass@1 below it makes the exit status 1."""
+
+EVAL = """\
+Evaluate a run's policy (its best checkpoint, else the newest) or the model of a configuration on the held-out prompts:
+greedy, pass@1, unbiased pass@k, and maj@k, the share whose most frequent answer is right."""
+
+SAMPLE = "Draw a group of completions for a prompt, with their log-probs under the policy."
+EXPORT = "Write the policy of a run as a Hugging Face directory that transformers loads, tokenizer included."
+REPORT = "Draw the run's curves (report.png) and write one self-contained page with sampled groups (report.html)."
+CONFIG = "Print the resolved configuration as YAML, or without a file every key with its type, default and meaning."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and run. Errors that are the user's to mend come as one message without a traceback (GRPO_JAX_DEBUG=1
+    shows it)."""
+    options = parser().parse_args(arguments)
+    try:
+        status = options.run(options)
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        if os.environ.get("GRPO_JAX_DEBUG"):
+            raise
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        user_error = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, KeyError))
+        if not user_error:
+            raise
+        cause = f"\ncaused by {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else ""
+        print(f"grpo-jax: {error}{cause}{notes}", file=sys.stderr)
+        status = 1
+    sys.exit(status or 0)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="grpo-jax",
+        description="Reinforcement fine-tuning of language models (GRPO and its family) in JAX.",
+        epilog=f"examples:\n{EXAMPLES}\n\nEach command has its own --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, summary: str, text: str, run) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        added.set_defaults(run=run)
+        return added
+
+    overrides = {"nargs": "*", "metavar": "key.path=value", "help": "keys to set; `grpo-jax config` lists all of them"}
+    added = command("train", "train a model", TRAIN, train)
+    added.add_argument("config", help="YAML file")
+    added.add_argument("overrides", **overrides)
+
+    added = command("eval", "evaluate a run or a model", EVAL, evaluate)
+    added.add_argument("target", help="run directory, or configuration file")
+    added.add_argument("overrides", **overrides)
+    added.add_argument("--step", type=int, help="checkpoint to evaluate (default: the best, else the newest)")
+    added.add_argument("--output", help="predictions as JSONL (default: predictions.jsonl in the run's directory)")
+
+    added = command("sample", "draw completions for a prompt", SAMPLE, sample)
+    added.add_argument("target", help="run directory, or configuration file")
+    added.add_argument("prompt", help="text of the prompt; with --chat the user's message")
+    added.add_argument("--chat", action="store_true", help="use the tokenizer's chat template")
+    added.add_argument("--count", type=int, default=8, help="completions (default: 8)")
+    added.add_argument("--temperature", type=float, help="default: the configured one; 0: greedy")
+    added.add_argument("--seed", type=int, default=0)
+    added.add_argument("--step", type=int, help="checkpoint (default: the best, else the newest)")
+    added.add_argument("--json", action="store_true", help="one JSON object per completion, token log-probs included")
+
+    added = command("export", "checkpoint -> Hugging Face directory", EXPORT, export)
+    added.add_argument("run_directory", help="run directory")
+    added.add_argument("path", help="directory to make; must not exist")
+    added.add_argument("--step", type=int, help="checkpoint (default: the best, else the newest)")
+
+    added = command("report", "curves and sampled groups of a run", REPORT, write_report)
+    added.add_argument("run_directory", help="run directory")
+
+    added = command("config", "show the configuration", CONFIG, show_config)
+    added.add_argument("config", nargs="?", help="YAML file; without it, the list of all keys")
+    added.add_argument("overrides", **overrides)
+    return top
+
+
+def train(options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    from grpo_jax.experiment import Experiment
+    from grpo_jax.training.configuration import load_config
+
+    config = load_config(options.config, options.overrides)
+    experiment = Experiment(config)
+    experiment.train()
+    before, after = experiment.evaluations.get(0), experiment.evaluations.get(experiment.run.state.step)
+    seconds = time.perf_counter() - started
+    if before is None or after is None:
+        print(f"{config.name}: {experiment.run.state.step} steps in {seconds:.0f} s")
+        return 0
+    print(f"{config.name}: pass@1 {before['pass@1']:.2f} -> {after['pass@1']:.2f} in {seconds:.0f} s")
+    least = config.evaluation.at_least
+    return 1 if least is not None and after["pass@1"] < least else 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    experiment = _open(options.target, options.step, options.overrides)
+    result = experiment.evaluate()
+    from grpo_jax.training.progress import table
+
+    table("held-out", ["", "value"], list(result.numbers.items()))
+    path = Path(options.output) if options.output else experiment.directory / "predictions.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.predictions)
+    print(f"{len(result.predictions)} predictions in {path}")
+    return 0
+
+
+def sample(options: argparse.Namespace) -> int:
+    experiment = _open(options.target, options.step)
+    prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
+    rows = experiment.sample(prompt, count=options.count, temperature=options.temperature, seed=options.seed)
+    texts = experiment.domain.text(rows)
+    logps = [rows.sampler_logps[i, : rows.lengths[i]].tolist() for i in range(len(rows))]
+    if options.json:
+        for i, text in enumerate(texts):
+            ids = rows.completions[i, : rows.lengths[i]].tolist()
+            print(json.dumps({"completion": text, "tokens": ids, "logps": logps[i], "finished": bool(rows.finished[i])}))
+        return 0
+    from grpo_jax.training.progress import table
+
+    table(options.prompt, ["completion", "tokens", "log-prob"], [[t, len(x), sum(x)] for t, x in zip(texts, logps)])
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    if Path(options.path).exists():
+        raise FileExistsError(f"{options.path} is there already, and an export overwrites nothing: name a new directory")
+    experiment = _open(options.run_directory, options.step)
+    experiment.export(options.path)
+    print(f"{options.path}: load it with transformers.AutoModelForCausalLM.from_pretrained")
+    return 0
+
+
+def write_report(options: argparse.Namespace) -> int:
+    from grpo_jax.training.report import report
+
+    png, html = report(options.run_directory)
+    print(f"{png}\n{html}")
+    return 0
+
+
+def show_config(options: argparse.Namespace) -> int:
+    from grpo_jax.training.configuration import describe, load_config, to_yaml
+
+    if options.config:
+        print(to_yaml(load_config(options.config, options.overrides)), end="")
+        return 0
+    rows = describe()
+    widths = [max(len(getattr(row, name)) for row in rows) for name in ("key", "type", "default")]
+    for row in rows:
+        print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths)) + f"  {row.meaning}")
+    return 0
+
+
+def _open(target: str, step: int | None, overrides: Sequence[str] = ()):
+    """The experiment of a run's directory, with its checkpoint's parameters, or of a configuration, with the model's."""
+    from grpo_jax.experiment import CONFIG_FILE, Experiment
+    from grpo_jax.training.configuration import load_config
+
+    path = Path(target)
+    if not path.is_dir():
+        return Experiment(load_config(path, overrides))
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no run: there is no {CONFIG_FILE} in it")
+    experiment = Experiment(load_config(file, [*overrides, f"directory={path}"]))
+    used = experiment.restore_params(step)
+    print(f"checkpoint of step {used}", file=sys.stderr)
+    return experiment

@@ -1,0 +1,444 @@
+"""A run from its configuration to its report: what the command line and the notebook drive."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax import data, methods, models, rewards
+from grpo_jax.rewards.extraction import marked_answer
+from grpo_jax.training import assemble, metrics, progress
+from grpo_jax.training.checkpoints import Checkpoints
+from grpo_jax.training.configuration import Config, load_config, parse, to_yaml
+from grpo_jax.training.evaluation import Evaluation, evaluate_prompts
+from grpo_jax.training.inspection import describe_batch
+from grpo_jax.training.loop import Run, fold, iterate
+from grpo_jax.training.optimizer import optimizer as make_optimizer
+from grpo_jax.training.report import report
+from grpo_jax.training.step import Policy, begin
+from grpo_jax.types import Batch, Method, Prompt, Request, Rollout, State
+
+CONFIG_FILE = "config.yaml"
+GROUPS_KEPT = 100  # sampled groups that a run writes down, evenly over its steps
+
+
+class Experiment:
+    """A run: made from a configuration, trained, looked at, resumed.
+
+    config: a Config, a nested dict of its keys, or the path of a YAML file. prompts: rows in memory (dicts) instead of
+    `data.source`. reward_functions: functions instead of, or beside, `rewards`. method: a Method instead of `method`.
+
+    Everything that can be wrong with these is an error here, before anything is sampled.
+    """
+
+    def __init__(
+        self,
+        config: Config | Mapping[str, Any] | str | os.PathLike,
+        *,
+        prompts: Sequence[Mapping[str, Any]] | None = None,
+        reward_functions: Sequence[Callable] = (),
+        method: Method | None = None,
+    ) -> None:
+        self.started = time.perf_counter()
+        if prompts is not None and isinstance(config, Mapping):
+            config = {**config, "data": {"source": "memory", **config.get("data", {})}}
+        if isinstance(config, Mapping):
+            config = parse(config)
+        self.config = config if isinstance(config, Config) else load_config(config)
+        config = self.config
+        self.directory = Path(config.directory)
+        self.checkpoints = Checkpoints(
+            self.directory / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
+        )
+        self.model = assemble.open_model(config)
+        source = assemble.sources(config, prompts)
+        self.pool = assemble.open_pool(config, source.train, self.model.tokenizer, split=config.data.split, shuffle=config.data.shuffle)
+        self.held_out = self._held_out(source.held_out)
+        self.demonstrations = source.demonstrations
+        functions = [rewards.resolve(r.model_dump(exclude_none=True)) for r in config.rewards]
+        functions += [rewards.resolve(f) for f in reward_functions]
+        self.verify = assemble.Verifier(
+            functions, self._columns(), time_limit=config.reward_time_limit, on_error=config.on_reward_error
+        )
+        self.method = method or methods.resolve(
+            config.method.name,
+            options=config.method.options,
+            settings={
+                "prompts": config.batch.prompts,
+                "group_size": config.batch.group_size,
+                "max_new": config.sampling.max_new,
+            },
+        )
+        self.language = assemble.language_model(self.model, config, group_size=self.method.group_size)
+        self.domain = self.language.domain()
+        if not (functions or self.method.rewards or config.method.name == "sft"):
+            raise ValueError('no reward function: name at least one under rewards, for instance "exact"')
+        self.layout = assemble.layout_of(
+            config, self.model.mesh, group_size=config.batch.group_size, prompts=config.batch.prompts
+        )
+        self.compiled = metrics.CompileCounter()
+        self.run: Run | None = None
+        self.numbers: dict[str, float] = {}
+        self.evaluations: dict[int, dict[str, float]] = {}
+
+    # ---- the run ---------------------------------------------------------------------------------------------------
+
+    def train(self, steps: int | None = None, *, quiet: bool = False) -> dict[str, float]:
+        """Train to `steps` (default: the configured number) and return the last evaluation's numbers, or the last step's.
+
+        Resumes by itself from the newest checkpoint of the run's directory. Evaluates before the first step and after
+        the last, writes metrics, sampled groups and checkpoints on the way, and the report at the end. On an error, on
+        Ctrl-C and on SIGTERM the state after the last whole step is saved first.
+        """
+        config, steps = self.config, steps or self.config.steps
+        console = config.metrics.console and not quiet and jax.process_index() == 0
+        say = print if console else (lambda text: None)
+        resumed = self.resume() if self.run is None and self.checkpoints.latest() is not None else False
+        if self.run is None:
+            self._write_config()
+        first = self.run.state.step if self.run else 0
+        self._check_same_config(resumed)
+        with metrics.Metrics(
+            self.directory,
+            tensorboard=config.metrics.tensorboard,
+            wandb=config.metrics.wandb,
+            run_config=config.model_dump(mode="json"),
+            resume_step=first,
+        ) as writer:
+            self._announce(say, resumed, first)
+            if self.run is None:
+                params = self._warm_up(writer, console)
+                self.begin(params)
+            with _StopSignal() as stop, progress.Progress(
+                steps, "training", start=first, enabled=console
+            ) as bar:
+                self._loop(steps, writer, bar, stop)
+        self._finish(say, steps)
+        return self.evaluations.get(self.run.state.step, self.numbers)
+
+    def begin(self, params: Any = None) -> Run:
+        """The run at step 0, from these parameters (default: the model's)."""
+        config = self.config
+        transform, self.schedule = make_optimizer(config.optimizer, config.steps * config.training.updates)
+        params = self.model.params if params is None else params
+        self.run = Run(
+            method=self.method,
+            domain=self.domain,
+            pool=self.pool,
+            verify=self.verify,
+            optimizer=transform,
+            mesh=self.model.mesh,
+            layout=self.layout,
+            policies=assemble.roles_of(self.method, params, transform, self.model.mesh),
+            state=self.method.init(self.pool),
+            seed=config.seed,
+            updates=config.training.updates,
+            log=self._record,
+        )
+        return self.run
+
+    def resume(self, step: int | None = None) -> bool:
+        """Continue from a checkpoint (default: the newest). Parameters, optimiser, method state and the pool's position."""
+        step = self.checkpoints.latest() if step is None else step
+        run = self.begin()
+        arrays, host = self.checkpoints.restore(step, {"policies": run.policies, "arrays": run.state.arrays})
+        if host["seed"] != self.config.seed:
+            raise ValueError(
+                f"the checkpoints in {self.directory} are of seed {host['seed']}, the configuration says {self.config.seed}: "
+                "choose another directory or the same seed"
+            )
+        run.policies = dict(arrays["policies"])
+        run.state = State(host["step"], arrays["arrays"], host["host"])
+        self.pool.restore(host["pool"])
+        self.evaluations = {int(k): v for k, v in host["evaluations"].items()}
+        return True
+
+    def save(self, *, pool: Mapping[str, Any] | None = None) -> None:
+        """A checkpoint of where the run stands; nothing if there is one of this step already."""
+        run = self.run
+        if run.state.step in self.checkpoints.steps():
+            return
+        host = {
+            "step": run.state.step,
+            "host": run.state.host,
+            "seed": self.config.seed,
+            "pool": dict(self.pool.state() if pool is None else pool),
+            "evaluations": {str(k): v for k, v in self.evaluations.items()},
+        }
+        score = self.evaluations.get(run.state.step, {}).get("pass@1")
+        self.checkpoints.save(run.state.step, {"policies": run.policies, "arrays": run.state.arrays}, host, metric=score)
+
+    def _loop(self, steps: int, writer: metrics.Metrics, bar: progress.Progress, stop: _StopSignal) -> None:
+        run, config = self.run, self.config
+        every, first = max(1, steps // GROUPS_KEPT), run.state.step
+        run.clock.lap()
+        self.compiled.lap()
+        while True:
+            step = run.state.step
+            done = step >= steps or stop.asked
+            if self.held_out and step not in self.evaluations and (step == 0 or done or _due(step, config.evaluation.every)):
+                with run.clock("evaluate"):
+                    evaluation = self.evaluate()
+                self.evaluations[step] = evaluation.numbers
+                writer.log(step, evaluation.numbers, kind="eval")
+                bar.update(step, **{k: v for k, v in evaluation.numbers.items() if k == "pass@1"})
+            if done or _due(step, config.checkpoint.every) or (step == 0 and config.warmup):
+                with run.clock("checkpoint"):
+                    self.save()
+            if done:
+                self.checkpoints.wait()
+                return
+            position = self.pool.state()
+            try:
+                self.batches: list[tuple[Batch, list[dict]]] = []
+                iterate(run)
+            except BaseException as error:
+                self._rescue(step, position, error)
+                raise
+            self._log_step(step, writer, bar, groups=step % every == 0, settled=step > first + 1)
+            bar.update(step + 1, **self.numbers)
+
+    def _rescue(self, step: int, position: Mapping[str, Any], error: BaseException) -> None:
+        alive = not any(x.is_deleted() for x in jax.tree.leaves(self.run.policies))
+        if alive and self.run.state.step == step:
+            self.save(pool=position)
+            self.checkpoints.wait()
+            error.add_note(f"The state after step {step} is saved in {self.checkpoints.directory}; the same command goes on from it.")
+
+    def _record(self, batch: Batch, reports: list[dict[str, Any]]) -> None:
+        self.batches.append((batch, reports))
+
+    def _log_step(self, step: int, writer: metrics.Metrics, bar: progress.Progress, *, groups: bool, settled: bool) -> None:
+        numbers: dict[str, float] = {}
+        for batch, reports in self.batches:
+            described, named = describe_batch(batch)
+            prefix = "" if batch.role == "policy" else f"{batch.role}/"
+            means = {k: float(np.mean([r[k] for r in reports if k in r])) for k in {k for r in reports for k in r}}
+            numbers |= {prefix + k: v for k, v in (described | means).items()}
+            if described.get("no_signal") == 1.0:
+                bar.note(f"step {step}: no group carries a signal (all completions of each prompt score alike)")
+            if described["truncated"] > self.config.training.truncated_limit:
+                bar.note(f"step {step}: {described['truncated']:.0%} of the completions were cut off at sampling.max_new")
+            if groups and not prefix:
+                writer.samples(step, [self._sampled_group(batch)])
+        if not self.batches:
+            bar.note(f"step {step}: the method trained on nothing")
+        for failure in self.verify.failures:
+            bar.note(f"step {step}: {failure}")
+        self.verify.failures.clear()
+        compiled = self.compiled.lap()
+        if settled and compiled.count:
+            names = ", ".join(compiled.names)
+            bar.note(f"step {step}: recompiled {names} in {compiled.seconds:.1f} s, for new shapes")
+        times = self.run.clock.lap()
+        sampled, trained = numbers.get("length_mean", 0) * numbers.get("rows", 0), times.get("seconds/update", 0)
+        numbers |= times | metrics.memory()
+        numbers["learning_rate"] = float(self.schedule(step * self.config.training.updates))
+        numbers["compilations"] = float(compiled.count)
+        if times.get("seconds/sample"):
+            numbers["tokens_sampled_per_s"] = sampled / times["seconds/sample"]
+        if trained:
+            numbers["tokens_trained_per_s"] = sampled / trained
+        writer.log(step, numbers)
+        self.numbers = numbers
+
+    # ---- looking at it ---------------------------------------------------------------------------------------------
+
+    def evaluate(self, prompts: Sequence[Prompt] | None = None, *, step: int | None = None) -> Evaluation:
+        """Held-out numbers of the current policy: greedy, pass@1, unbiased pass@k, maj@k."""
+        section = self.config.evaluation
+        prompts = self.held_out if prompts is None else prompts
+        if not prompts:
+            raise ValueError("there are no held-out prompts: set evaluation.source")
+        return evaluate_prompts(
+            self.domain,
+            self._params(),
+            prompts,
+            self.verify,
+            fold(self.config.seed, "evaluation"),
+            samples=section.samples,
+            k=section.k,
+            greedy=section.greedy,
+            channel=section.channel,
+            extract=lambda text: marked_answer(text) or text.strip(),
+            step=self.run.state.step if self.run else 0,
+        )
+
+    def sample(self, prompt: Prompt | str | Sequence[Mapping[str, str]], *, count: int | None = None, seed: int = 0, **options: Any) -> Rollout:
+        """A group of completions of the current policy; `language.text(rollout)` is their text."""
+        prompt = prompt if isinstance(prompt, Prompt) else Prompt(0, prompt)
+        temperature = options.pop("temperature", None)
+        asked = [Request(prompt, count=count or self.config.batch.group_size, temperature=temperature, options=options)]
+        return self.domain.sample(self._params(), asked, fold(seed, "sample"))
+
+    def group(self, prompt: Prompt | None = None) -> None:
+        """Print a group of completions with their rewards and advantages."""
+        prompt = prompt or (self.held_out or list(self.pool))[0]
+        rows = self.sample(prompt)
+        texts = self.domain.text(rows)
+        rows = self.verify([prompt] * len(rows), rows, texts, self.run.state.step if self.run else 0)
+        from grpo_jax.advantages import group_z_score
+
+        advantages = np.asarray(group_z_score(rows.score(), rows.group_ids))
+        progress.group_table(prompt.text, texts, {c: rows.score(c).tolist() for c in rows.channels}, advantages.tolist())
+
+    def plot(self) -> Any:
+        """The run's curves, as a matplotlib figure."""
+        from grpo_jax.training.report import figure
+
+        return figure(self.directory)
+
+    def export(self, path: str | os.PathLike) -> None:
+        """Write the current policy as a Hugging Face directory."""
+        source = self.config.model.path if Path(self.config.model.path).is_dir() else None
+        models.export(path, self.model.config, self._params()["policy"], source=source, tokenizer=self.model.tokenizer)
+
+    def restore_params(self, step: int | None = None) -> int:
+        """Only the policy's parameters from a checkpoint (default: the best, else the newest), for looking at it."""
+        step = step if step is not None else self.checkpoints.best() or self.checkpoints.latest()
+        if step is None:
+            raise FileNotFoundError(f"there is no checkpoint in {self.checkpoints.directory}: train first")
+        arrays, _ = self.checkpoints.restore(step, {"policies": {"policy": Policy(self.model.params)}}, partial=True)
+        self.model = self.model._replace(params=arrays["policies"]["policy"].params)
+        return step
+
+    def _params(self) -> dict[str, Any]:
+        return self.run.params if self.run else {"policy": self.model.params}
+
+    def _sampled_group(self, batch: Batch) -> dict[str, Any]:
+        names = ("group_ids", "prompt_ids", "completions", "lengths", "scores", "advantages")
+        group_ids, prompt_ids, completions, lengths, scores, advantages = jax.device_get([getattr(batch, n) for n in names])
+        spread = [g for g in np.unique(group_ids[group_ids >= 0]) if np.ptp(np.nan_to_num(scores[group_ids == g]), axis=0).any()]
+        rows = np.flatnonzero(group_ids == (spread[0] if spread else max(group_ids.min(), 0)))
+        prompt = self.pool[int(prompt_ids[rows[0]])]
+        return {
+            "prompt": prompt.text,
+            "prompt_id": prompt.id,
+            "completions": [self.model.tokenizer.decode(completions[r][: lengths[r]]) for r in rows],
+            "rewards": {c: scores[rows, k].tolist() for k, c in enumerate(batch.channels)},
+            "advantages": advantages[rows, 0].tolist(),
+            "lengths": lengths[rows].tolist(),
+        }
+
+    # ---- beginning and end -----------------------------------------------------------------------------------------
+
+    def _warm_up(self, writer: metrics.Metrics, console: bool) -> Any:
+        """Supervised updates through the same iteration, before the first rollout."""
+        section = self.config.warmup
+        if section is None:
+            return None
+        pool = assemble.open_pool(self.config, self.demonstrations, self.model.tokenizer, shuffle=section.shuffle)
+        method = methods.resolve("sft", options={}, settings={"prompts": section.prompts})
+        transform, _ = make_optimizer(section.optimizer, section.steps)
+        params = self.model.params
+        seen: list[dict[str, float]] = []
+        run = Run(
+            method=method,
+            domain=self.domain,
+            pool=pool,
+            verify=lambda prompts, rows, texts, step: rows.replace(channels=("none",), scores=np.ones((len(rows), 1), np.float32)),
+            optimizer=transform,
+            mesh=self.model.mesh,
+            layout=assemble.layout_of(self.config, self.model.mesh, group_size=1, prompts=section.prompts)
+            if self.config.training.updates == 1
+            else assemble.layout_of(self.config, self.model.mesh, group_size=1, prompts=section.prompts * self.config.training.updates),
+            policies={"policy": begin(params, transform, self.model.mesh)},
+            state=method.init(pool),
+            seed=self.config.seed,
+            log=lambda batch, reports: seen.append(reports[0]),
+        )
+        with progress.Progress(section.steps, "warm-up", enabled=console) as bar:
+            for step in range(section.steps):
+                iterate(run)
+                numbers = {k: float(seen[-1][k]) for k in ("loss", "grad_norm", "entropy")}
+                writer.log(step, numbers, kind="warmup")
+                bar.update(step + 1, loss=numbers["loss"])
+                seen.clear()
+        return run.policies["policy"].params
+
+    def _held_out(self, source: Any) -> list[Prompt]:
+        if source is None:
+            return []
+        section = self.config.evaluation
+        pool = assemble.open_pool(self.config, source, self.model.tokenizer, split=section.split, shuffle=False)
+        return list(pool)[: section.prompts]
+
+    def _columns(self) -> list[str]:
+        names: dict[str, None] = {}
+        for prompt in self.pool:
+            names |= dict.fromkeys(prompt.columns)
+        return list(names)
+
+    def _write_config(self) -> None:
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+
+    def _check_same_config(self, resumed: bool) -> None:
+        if not resumed:
+            return
+        before = load_config(self.directory / CONFIG_FILE)
+        changed = [
+            key for key in ("model", "data", "method", "batch", "sampling", "optimizer", "training", "seed")
+            if getattr(before, key) != getattr(self.config, key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.directory} holds a run with other values of {', '.join(changed)}: a resumed run is the same run. "
+                "Choose another name or directory, or the configuration that is saved there (config.yaml)"
+            )
+        self._write_config()
+
+    def _announce(self, say: Callable[[str], None], resumed: bool, first: int) -> None:
+        size = sum(x.size for x in jax.tree.leaves(self.model.params))
+        say(f"{self.config.name}: {size:,} parameters, method {self.config.method.name}, in {self.directory}")
+        say(assemble.describe_layout(self.layout, self.config, self.model.mesh))
+        if self.pool.too_long:
+            say(f"{self.pool.too_long} of {self.pool.rows} prompts are longer than data.max_prompt and were left out")
+        if resumed:
+            say(f"resumed at step {first} of {self.config.steps}")
+
+    def _finish(self, say: Callable[[str], None], steps: int) -> None:
+        run = self.run
+        if jax.process_index() == 0:
+            png, html = report(self.directory)
+        before, after = self.evaluations.get(0), self.evaluations.get(run.state.step)
+        if say is print:
+            if before and after:
+                names = [n for n in before if n in after]
+                progress.table("held-out", ["", "before", "after"], [[n, before[n], after[n]] for n in names])
+            if run.state.step:
+                self.group()
+            print(f"curves      {png}\nreport      {html}\ncheckpoint  {self.checkpoints.directory}/{run.state.step}")
+        if run.state.step < steps:
+            say(f"stopped at step {run.state.step} of {steps}; the same command goes on from there")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+class _StopSignal:
+    """SIGTERM (a preemption, a scheduler) asks for a stop after the step in hand."""
+
+    asked = False
+
+    def __enter__(self) -> _StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True

@@ -1,0 +1,85 @@
+"""How decisions weigh in the loss: weights [N, T] from data alone, so that the loss is sum_it w_it l_it.
+
+They are made once for the whole mini-batch; any cut of it into micro-batches or over a mesh then adds up to the same
+loss and gradient. `weights` [N] says how much a row counts: 0 not at all, c as often as c copies of it, in the
+denominator too. Rows without a masked-in decision are left out of the number of sequences. If nothing counts, all
+weights are 0.
+
+In each docstring c_i is the weight of row i, m_it the mask, L_i = sum_t m_it.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def token_mean(weights: Float[Array, "N"], mask: Bool[Array, "N T"]) -> Float[Array, "N T"]:
+    """Every decision counts the same: w_it = c_i m_it / sum_j c_j L_j.
+
+    Source: DAPO, Yu et al. 2025 (arXiv:2503.14476), eq. 8.
+    """
+    share, mask = _counting(weights, mask)
+    return _spread(share, jnp.sum(share * mask.sum(-1)), mask)
+
+
+def sequence_mean(weights: Float[Array, "N"], mask: Bool[Array, "N T"]) -> Float[Array, "N T"]:
+    """Every sequence counts the same, the mean over sequences of token means: w_it = c_i m_it / (L_i sum_j c_j).
+
+    Source: GRPO, Shao et al. 2024 (arXiv:2402.03300), eq. 3; GSPO, Zheng et al. 2025 (arXiv:2507.18071), eq. 5.
+    """
+    share, mask = _counting(weights, mask)
+    return _spread(share / jnp.maximum(mask.sum(-1), 1), share.sum(), mask)
+
+
+def sequence_sum(weights: Float[Array, "N"], mask: Bool[Array, "N T"]) -> Float[Array, "N T"]:
+    """Mean over sequences of the sum over decisions: w_it = c_i m_it / sum_j c_j. The REINFORCE and RLOO form."""
+    share, mask = _counting(weights, mask)
+    return _spread(share, share.sum(), mask)
+
+
+def fixed_length(weights: Float[Array, "N"], mask: Bool[Array, "N T"], *, length: float) -> Float[Array, "N T"]:
+    """`sequence_sum` over a constant length in place of each sequence's own: w_it = c_i m_it / (length sum_j c_j).
+
+    length: decisions, the same at every step, usually the completion budget (not this batch's longest).
+    Raises: ValueError for length <= 0.
+    Source: Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783), section 3.2.
+    """
+    if isinstance(length, (int, float)) and not length > 0:
+        raise ValueError(f"length is a number of decisions above 0, got {length}")
+    return sequence_sum(weights, mask) / length
+
+
+def weighted_sum(losses: Float[Array, "N T"], weights: Float[Array, "N T"]) -> Float[Array, ""]:
+    """sum_it w_it l_it over w_it > 0. What has no weight, NaN included, reaches neither value nor gradient."""
+    counts = weights > 0
+    return jnp.sum(jnp.where(counts, weights * jnp.where(counts, losses, 0).astype(jnp.float32), 0))
+
+
+def without_truncated(mask: Bool[Array, "N T"], finished: Bool[Array, "N"]) -> Bool[Array, "N T"]:
+    """The mask without the rows that ran out of budget (DAPO's overlong filtering).
+
+    Their rewards still enter the group's statistics; only the loss leaves them out.
+    Source: Yu et al. 2025 (arXiv:2503.14476), section 3.4.
+    """
+    mask, finished = jnp.asarray(mask).astype(bool), jnp.asarray(finished).astype(bool)
+    _check_rows("finished", finished, mask)
+    return mask & finished[:, None]
+
+
+def _counting(weights: Array, mask: Array) -> tuple[Float[Array, "N"], Bool[Array, "N T"]]:
+    """Row weights, 0 for empty rows, and the mask."""
+    weights, mask = jnp.asarray(weights).astype(jnp.float32), jnp.asarray(mask).astype(bool)
+    _check_rows("weights", weights, mask)
+    return jnp.where(mask.any(-1), weights, 0), mask
+
+
+def _spread(share: Float[Array, "N"], whole: Float[Array, ""], mask: Bool[Array, "N T"]) -> Float[Array, "N T"]:
+    return jnp.where(mask, (share / jnp.where(whole > 0, whole, 1))[:, None], 0)
+
+
+def _check_rows(name: str, rows: Array, mask: Array) -> None:
+    if mask.ndim != 2 or rows.shape != mask.shape[:1]:
+        raise ValueError(
+            f"{name} must have one entry per row of the mask [N, T], got {list(rows.shape)} for {list(mask.shape)}"
+        )

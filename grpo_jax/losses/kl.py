@@ -1,0 +1,70 @@
+"""Estimators of the divergence from a reference policy, per decision, from the log-probs of what was sampled.
+
+With d = logps - ref_logps and decisions drawn from the policy p that is trained (reference q), each docstring says what
+the expectation of the VALUE and of the GRADIENT (as a term of a loss) estimate; they are different things. If the
+decisions come from an older policy, both need the ratio in front. Reverse KL is KL(p || q), forward KL is KL(q || p).
+
+A NaN stays NaN, without harm to the gradient where aggregation leaves it out. The reference gets no gradient.
+Source: Schulman 2020, "Approximating KL divergence".
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from grpo_jax.losses.elementwise import aligned, where_finite
+
+LARGEST_LOG_RATIO = 20.0
+
+
+def k1(logps: Float[Array, "N T"], ref_logps: Float[Array, "N T"]) -> Float[Array, "N T"]:
+    """d.
+
+    Value: reverse KL, unbiased, of high variance, of either sign. Gradient: 1 per log-prob, whose expectation is 0: as
+    a loss it only adds noise (as a penalty on the reward it is right).
+    """
+    return where_finite(lambda d: d, _difference(logps, ref_logps))
+
+
+def k2(logps: Float[Array, "N T"], ref_logps: Float[Array, "N T"]) -> Float[Array, "N T"]:
+    """d^2 / 2.
+
+    Value: biased, not negative; second order in d. Gradient: d per log-prob, that of the reverse KL, unbiased.
+    """
+    return where_finite(lambda d: d * d / 2, _difference(logps, ref_logps))
+
+
+def k3(logps: Float[Array, "N T"], ref_logps: Float[Array, "N T"]) -> Float[Array, "N T"]:
+    """exp(-d) - 1 + d, the term of DeepSeekMath's GRPO; d is clamped to +-20, without gradient beyond.
+
+    Value: reverse KL, unbiased, of low variance, not negative. Gradient: 1 - exp(-d) per log-prob, which is that of the
+    FORWARD KL.
+    Source: Shao et al. 2024 (arXiv:2402.03300), eq. 4. (verl bounds the value at 10 as well; this does not.)
+    """
+    bound = LARGEST_LOG_RATIO
+    return where_finite(lambda d: jnp.expm1(-d) + d, jnp.clip(_difference(logps, ref_logps), -bound, bound))
+
+
+def absolute(logps: Float[Array, "N T"], ref_logps: Float[Array, "N T"]) -> Float[Array, "N T"]:
+    """|d|.
+
+    Value: mean absolute log-ratio, no divergence's estimate, not under the reverse KL. Gradient: sign(d) per log-prob,
+    a push of constant size; that of the total variation distance times 2.
+    """
+    return where_finite(jnp.abs, _difference(logps, ref_logps))
+
+
+def unbiased(logps: Float[Array, "N T"], ref_logps: Float[Array, "N T"]) -> Float[Array, "N T"]:
+    """k3's value with k2's gradient (straight-through): both unbiased for the reverse KL.
+
+    Source: verl's "k3+"; Tang & Munos 2025 (arXiv:2506.09477) on why value and gradient differ.
+    """
+    through = k2(logps, ref_logps)
+    return jax.lax.stop_gradient(k3(logps, ref_logps) - through) + through
+
+
+def _difference(logps: Array, ref_logps: Array) -> Array:
+    logps, ref_logps = aligned(logps=logps, ref_logps=ref_logps)
+    return logps - jax.lax.stop_gradient(ref_logps)

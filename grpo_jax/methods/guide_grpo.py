@@ -1,0 +1,77 @@
+"""Guide-GRPO: prompts without a success are asked again with a hint, and the update is for the bare prompt."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax import losses
+from grpo_jax.methods.grpo import grpo, sequence_mean
+from grpo_jax.types import Method, Request, State, concat
+
+
+def guide_grpo(
+    *,
+    prompts: int,
+    group_size: int,
+    hint_column: str = "hint",
+    hint: str = "{prompt}\n\nHint: {hint}\n",
+    solvable: float = 1e-3,
+    quantile: float = 0.9,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    max_rounds: int = 10,
+    **options,
+) -> Method:
+    """Groups with a mean score within [solvable, 1 - solvable] are kept; those below are drawn anew under the hinted
+    prompt and kept by the same rule. Surplus groups open the next step.
+
+    Rows of the bare prompt: the clipped surrogate. Rows drawn under the hint: -A rho / (rho + gamma) with
+    rho = pi(o | prompt) / pi_old(o | prompt, hint) and gamma the row's `quantile` of rho, detached.
+
+    hint_column: the dataset column with the guidance. hint: how it joins the prompt (of a chat: its last message).
+    Source: arXiv:2506.13923, section 3.
+    """
+
+    def hinted(prompt):
+        if hint_column not in prompt.columns:
+            raise ValueError(
+                f"guide_grpo reads its hints from the column {hint_column!r}; prompt {prompt.id} has {sorted(prompt.columns)}"
+            )
+        join = lambda text: hint.format(prompt=text, hint=prompt.columns[hint_column])  # noqa: E731
+        if isinstance(prompt.text, str):
+            return join(prompt.text)
+        *before, last = prompt.text
+        return [*before, {**last, "content": join(last["content"])}]
+
+    def kept(rows):
+        return [g for g in rows.groups() if solvable <= g.score().mean() <= 1 - solvable]
+
+    def plan(state, draw, key):
+        groups = list(state.host["surplus"])
+        for _ in range(max_rounds):
+            if len(groups) >= prompts:
+                break
+            asked = draw(state, prompts)
+            rows = yield [Request(p, count=group_size) for p in asked]
+            rows = yield rows
+            groups += kept(rows)
+            dead = {int(g.prompt_ids[0]) for g in rows.groups() if g.score().mean() <= solvable}
+            again = [p for p in asked if p.id in dead]
+            if again:
+                rows = yield [Request(p, count=group_size, context=hinted(p), train_context=p.text) for p in again]
+                groups += kept((yield rows))
+        return {"surplus": groups[prompts:]}, [concat(*groups[:prompts])] if groups else []
+
+    def objective(new, batch, arrays):
+        ratio, a = losses.token_ratio(new.logps, batch.old.logps), batch.advantages  # old: under the prompt really used
+        plain = (batch.sampled_under == batch.trained_under)[:, None]
+        gamma = jnp.nanquantile(jnp.where(batch.completion_mask, ratio, jnp.nan), quantile, axis=1, keepdims=True)
+        gamma = jnp.maximum(jax.lax.stop_gradient(jnp.nan_to_num(gamma)), 1e-4)
+        loss = jnp.where(plain, losses.ppo_clip(ratio, a, low=clip_low, high=clip_high), -a * ratio / (ratio + gamma))
+        low, high = losses.clip_events(ratio, a, low=clip_low, high=clip_high)
+        guided = jnp.broadcast_to(~plain, ratio.shape)
+        return loss, {"ratio": ratio, "clip_low": low & plain, "clip_high": high & plain, "guided": guided}
+
+    method = grpo(prompts=prompts, group_size=group_size, aggregate=sequence_mean, **options)
+    return method.replace(init=lambda pool: State(0, {}, {"surplus": []}), plan=plan, objective=objective)

@@ -1,0 +1,44 @@
+"""MC-GRPO: centre on the group's median, and train on all rows but the median one."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from grpo_jax import advantages, segments
+from grpo_jax.methods.grpo import grpo, total_reward
+from grpo_jax.types import Method
+
+SCALES = ("mad", "std", "none")
+
+
+def mc_grpo(*, prompts: int, group_size: int, scale: str = "mad", epsilon: float = 1e-3, **options) -> Method:
+    """A = (r - median) / (scale + epsilon) over group_size + 1 completions; the pivot, one row at the median, is
+    dropped, so that `group_size` rows carry gradient.
+
+    scale: "mad" the median absolute deviation (the paper's; 0 in every mixed group of binary rewards, where advantages
+    become +-1/epsilon), "std" the standard deviation (ddof 1), "none" no scale.
+    Raises: ValueError for an odd group_size (the median of an even number of rows is biased) or another scale.
+    Source: arXiv:2601.22582, section 3.
+    """
+    if group_size % 2:
+        raise ValueError(f"mc_grpo samples group_size + 1 rows and needs an odd number of them: group_size {group_size} must be even")
+    if scale not in SCALES:
+        raise ValueError(f"mc_grpo's scale is one of {SCALES}, got {scale!r}")
+
+    def advantage(batch, arrays, key):
+        rewards, groups = total_reward(batch), batch.group_ids
+        scored = ~jnp.isnan(rewards)
+        centred = rewards - segments.lower_median(rewards, groups, scored)
+        spread = {
+            "mad": lambda: segments.lower_median(jnp.abs(centred), groups, scored) + epsilon,
+            "std": lambda: segments.std(rewards, groups, scored, ddof=1) + epsilon,
+            "none": lambda: 1.0,
+        }[scale]()
+        values = jnp.where(scored & (groups >= 0), centred / spread, 0.0)
+        pivot = segments.first(centred == 0, groups)  # exactly one row per group
+        return batch.replace(
+            advantages=advantages.per_decision(values, batch.completion_mask),
+            weights=jnp.where(pivot, 0.0, batch.weights),
+        ), arrays
+
+    return grpo(prompts=prompts, group_size=group_size + 1, **options).replace(advantage=advantage)

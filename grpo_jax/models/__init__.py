@@ -1,0 +1,37 @@
+"""Decoder-only transformers: forward passes that share a group's context, weights from and to Hugging Face, sharding."""
+
+from grpo_jax.models.attention import Part, attend, softcap
+from grpo_jax.models.config import Rope, TransformerConfig, read_config
+from grpo_jax.models.evaluate import evaluate
+from grpo_jax.models.sharding import RULES, shardings
+from grpo_jax.models.transformer import (
+    KeysValues,
+    Transformer,
+    abstract,
+    create,
+    logical_axes,
+    merge,
+    split,
+)
+from grpo_jax.models.weights import export, load
+
+__all__ = [
+    "RULES",
+    "KeysValues",
+    "Part",
+    "Rope",
+    "Transformer",
+    "TransformerConfig",
+    "abstract",
+    "attend",
+    "create",
+    "evaluate",
+    "export",
+    "load",
+    "logical_axes",
+    "merge",
+    "read_config",
+    "shardings",
+    "softcap",
+    "split",
+]

@@ -1,0 +1,48 @@
+"""What a language model says of every decision of a batch: log-probs without logits, the prompt once per group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.losses import chunked_logps
+from grpo_jax.models.transformer import merge
+from grpo_jax.types import Batch, Decisions, PyTree
+
+
+def evaluate(graphdef, params: PyTree, rows: Batch, *, wants: Sequence[str] = (), remat: bool = False) -> Decisions:
+    """log pi(decision | context, earlier decisions) at every row's temperature.
+
+    Rows lie in C equal runs, one run per context: row n stands under `rows.contexts[n // (N / C)]`. A context goes
+    through the network once, forward and backward, whatever the number of its rows.
+
+    rows: N rows of T decisions. wants: "entropy" (nats, of the distribution at the row's temperature).
+    Returns logps [N, T] and the wanted statistics, float32; values beyond a row's length are finite and mean nothing.
+    Raises: ValueError for a statistic that a language model does not know, or rows that are not in equal runs.
+    """
+    unknown = set(wants) - {"entropy"}
+    if unknown:
+        raise ValueError(f'a language model offers the statistics ["entropy"], but {sorted(unknown)} are wanted')
+    n, t = rows.completions.shape
+    c = rows.contexts.tokens.shape[0]
+    if n % c:
+        raise ValueError(f"rows must lie in equal runs under their contexts, got {n} rows under {c} contexts")
+    g = n // c
+    model = merge(graphdef, params)
+    before = jnp.maximum(rows.contexts.lengths - 1, 0)
+    last = jnp.take_along_axis(rows.contexts.tokens, before[:, None], axis=1)
+    targets = rows.completions.reshape(c, g, t)
+    inputs = jnp.concatenate([jnp.broadcast_to(last[:, :, None], (c, g, 1)), targets[..., :-1]], axis=-1)
+    hidden = model(rows.contexts.tokens, before, inputs, remat=remat)
+    logps, stats = chunked_logps(
+        hidden,
+        model.head(),
+        targets,
+        temperature=rows.temperature.reshape(c, g),
+        softcap=model.config.final_softcap,
+        entropy="entropy" in wants,
+    )
+    flat = jax.tree.map(lambda x: x.reshape(n, t), (logps, stats))
+    return Decisions(logps=flat[0], stats=flat[1])

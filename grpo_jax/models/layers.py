@@ -1,0 +1,179 @@
+"""The layer of a decoder-only transformer, and how its parameters are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.models.attention import rotate
+from grpo_jax.models.config import TransformerConfig
+from grpo_jax.types import Key, PyTree
+
+
+class Axis(str):
+    """The logical name of a dimension; it knows how long the dimension is."""
+
+    size: int
+
+    def __new__(cls, name: str, size: int) -> Axis:
+        axis = super().__new__(cls, name)
+        axis.size = size
+        return axis
+
+    def __getnewargs__(self) -> tuple[str, int]:
+        return str(self), self.size
+
+
+MATRICES = {  # of a layer; they start normal
+    "query": "layers embed heads head_dim",
+    "key": "layers embed kv_heads head_dim",
+    "value": "layers embed kv_heads head_dim",
+    "output": "layers heads head_dim embed",
+    "gate": "layers embed mlp",
+    "up": "layers embed mlp",
+    "down": "layers mlp embed",
+}
+
+
+class Weights:
+    """Makes the parameters of a config: stacked over layers, normal or constant, their axes kept beside them."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, dtype: Any) -> None:
+        self.sizes = {
+            "layers": config.num_layers,
+            "vocab": config.vocab_size,
+            "embed": config.hidden_size,
+            "norm": config.hidden_size,
+            "heads": config.num_heads,
+            "kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "mlp": config.intermediate_size,
+        }
+        self.deviation, self.rngs, self.dtype = config.initializer_range, rngs, dtype
+        self.unit = 0.0 if config.norm_offset else 1.0
+        self.drawn = self._draw(rngs.params())
+
+    def _axes(self, names: str) -> tuple[Axis, ...]:
+        return tuple(Axis(name, self.sizes[name]) for name in names.split())
+
+    def _shape(self, names: str) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self._axes(names))
+
+    def _draw(self, key: Key) -> dict[str, Array]:
+        """All matrices, a layer at a time from one draw: seven draws would take seven times as long to compile."""
+        shapes = [self._shape(names)[1:] for names in MATRICES.values()]
+        ends = np.cumsum([np.prod(shape, dtype=np.int64) for shape in shapes])
+
+        def layer(index: Int[Array, ""]) -> list[Array]:
+            flat = jax.random.normal(jax.random.fold_in(key, index), (int(ends[-1]),)) * self.deviation
+            pieces = jnp.split(flat.astype(self.dtype), ends[:-1])
+            return [piece.reshape(shape) for piece, shape in zip(pieces, shapes)]
+
+        return dict(zip(MATRICES, jax.lax.map(layer, jnp.arange(self.sizes["layers"]))))
+
+    def matrix(self, name: str) -> nnx.Param:
+        return nnx.Param(self.drawn[name], axes=self._axes(MATRICES[name]))
+
+    def normal(self, names: str) -> nnx.Param:
+        value = self.deviation * jax.random.normal(self.rngs.params(), self._shape(names), jnp.float32)
+        return nnx.Param(value.astype(self.dtype), axes=self._axes(names))
+
+    def constant(self, names: str, value: float) -> nnx.Param:
+        return nnx.Param(jnp.full(self._shape(names), value, self.dtype), axes=self._axes(names))
+
+    def norm(self, names: str) -> nnx.Param:
+        return self.constant(names, self.unit)
+
+
+class Attention(nnx.Module):
+    """The four projections, and norms of query and key heads where the family has them."""
+
+    def __init__(self, config: TransformerConfig, weights: Weights) -> None:
+        self.config = config
+        self.query = weights.matrix("query")
+        self.key = weights.matrix("key")
+        self.value = weights.matrix("value")
+        self.output = weights.matrix("output")
+        if config.qkv_bias:
+            self.query_bias = weights.constant("layers heads head_dim", 0.0)
+            self.key_bias = weights.constant("layers kv_heads head_dim", 0.0)
+            self.value_bias = weights.constant("layers kv_heads head_dim", 0.0)
+        if config.output_bias:
+            self.output_bias = weights.constant("layers norm", 0.0)
+        if config.query_key_norm:
+            self.query_norm = weights.norm("layers head_dim")
+            self.key_norm = weights.norm("layers head_dim")
+
+    def project(self, x: Float[Array, "*N E"], angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """Queries [*N, H, D], keys and values [*N, Hkv, D] at their positions."""
+        config = self.config
+        query, key, value = (jnp.einsum("...e,ehd->...hd", x, w[...]) for w in (self.query, self.key, self.value))
+        if config.qkv_bias:
+            query, key, value = query + self.query_bias, key + self.key_bias, value + self.value_bias
+        if config.query_key_norm:
+            query, key = norm(query, self.query_norm, config), norm(key, self.key_norm, config)
+        return rotate(query, *angles), rotate(key, *angles), value
+
+    def merge(self, heads: Float[Array, "*N H D"]) -> Float[Array, "*N E"]:
+        # one contracted dimension: over two, XLA transposes both operands on some backends
+        matrix = self.output[...]
+        out = heads.reshape(*heads.shape[:-2], -1) @ matrix.reshape(-1, matrix.shape[-1])
+        return out + self.output_bias if self.config.output_bias else out
+
+
+class FeedForward(nnx.Module):
+    """down(act(gate(x)) · up(x))"""
+
+    def __init__(self, config: TransformerConfig, weights: Weights) -> None:
+        self.config = config
+        self.gate = weights.matrix("gate")
+        self.up = weights.matrix("up")
+        self.down = weights.matrix("down")
+        if config.mlp_bias:
+            self.gate_bias = weights.constant("layers mlp", 0.0)
+            self.up_bias = weights.constant("layers mlp", 0.0)
+            self.down_bias = weights.constant("layers norm", 0.0)
+
+    def __call__(self, x: Float[Array, "*N E"]) -> Float[Array, "*N E"]:
+        gate, up = x @ self.gate[...], x @ self.up[...]
+        if self.config.mlp_bias:
+            gate, up = gate + self.gate_bias, up + self.up_bias
+        active = jax.nn.silu(gate) if self.config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        out = (active * up) @ self.down[...]
+        return out + self.down_bias if self.config.mlp_bias else out
+
+
+class Layer(nnx.Module):
+    """One layer, or, with a leading axis on every weight, all of them."""
+
+    def __init__(self, config: TransformerConfig, weights: Weights) -> None:
+        self.config = config
+        self.attention = Attention(config, weights)
+        self.mlp = FeedForward(config, weights)
+        self.attention_norm = weights.norm("layers norm")
+        self.mlp_norm = weights.norm("layers norm")
+        if config.post_norms:
+            self.attention_post_norm = weights.norm("layers norm")
+            self.mlp_post_norm = weights.norm("layers norm")
+
+    def __call__(self, x: Float[Array, "*N E"], angles: tuple[Array, Array], mix: Callable) -> tuple[Array, PyTree]:
+        """`mix(queries, keys, values)` → what the heads read, and whatever is to be kept of keys and values."""
+        config = self.config
+        heads, kept = mix(*self.attention.project(norm(x, self.attention_norm, config), angles))
+        y = self.attention.merge(heads)
+        x = x + (norm(y, self.attention_post_norm, config) if config.post_norms else y)
+        y = self.mlp(norm(x, self.mlp_norm, config))
+        return x + (norm(y, self.mlp_post_norm, config) if config.post_norms else y), kept
+
+
+def norm(x: Float[Array, "*N E"], weight: Float[Array, E], config: TransformerConfig) -> Float[Array, "*N E"]:
+    """x / sqrt(mean(x²) + ε) · weight (or 1 + weight), in float32."""
+    y, weight = x.astype(jnp.float32), weight[...].astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_epsilon)
+    return (y * (1.0 + weight if config.norm_offset else weight)).astype(x.dtype)

@@ -1,0 +1,251 @@
+"""A decoder-only transformer in Flax NNX, scanned over its layers, in which a group of rows shares its context.
+
+Three ways through the same layer: `prefill` (contexts → their keys and values), `decode` (some tokens per row, against
+a shared prefix and the row's own cache) and `__call__` (training: context and rows together, nothing stored).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.models.attention import NOWHERE, Part, attend, rotary_frequencies
+from grpo_jax.models.config import TransformerConfig
+from grpo_jax.models.layers import Layer, Weights, norm
+from grpo_jax.types import Key, PyTree
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of all layers: of contexts [L, C, P, Hkv, D], or of the rows' own tokens [L, C, G, T, Hkv, D]."""
+
+    keys: Float[Array, "L C *rows Hkv D"]
+    values: Float[Array, "L C *rows Hkv D"]
+
+
+class _Setting(NamedTuple):
+    """What differs between layers besides their weights; scanned over with them."""
+
+    index: Int[Array, L]
+    window: Int[Array, L] | None
+    rope: Int[Array, L] | None  # which of the two rotary tables
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model up to its final norm. It computes in the dtype of its parameters; norms, softmax and
+    rotary embedding are float32."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> None:
+        weights = Weights(config, rngs, param_dtype)
+        self.config = config
+        self.embedding = weights.normal("vocab embed")
+        self.layers = Layer(config, weights)
+        self.norm = weights.norm("norm")
+        if not config.tie_embeddings:
+            self.unembedding = weights.normal("embed vocab")
+
+    def prefill(self, tokens: Int[Array, "C P"], lengths: Int[Array, C]) -> KeysValues:
+        """Keys and values of contexts. Those at or beyond a context's length are finite and mean nothing."""
+        C, P = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (C, P))
+
+        def layer(block: Layer, setting: _Setting, x: Array, _: None) -> tuple[Array, KeysValues]:
+            def mix(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
+                out = self._attend(query[:, None], positions, [Part(key, value, positions)], setting)
+                return out[:, 0], KeysValues(key, value)
+
+            return block(x, self._pick(angles, setting), mix)
+
+        angles = self._angles(positions[0])
+        return self._scan(layer, self._embed(tokens))[1]
+
+    def decode(
+        self,
+        tokens: Int[Array, "C G S"],
+        prefix: KeysValues,
+        prefix_lengths: Int[Array, C],
+        own: KeysValues,
+        column: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "C G S E"], KeysValues]:
+        """Hidden states of S tokens per row, which become columns column..column+S-1 of the rows' own cache.
+
+        Column j stands at position prefix_lengths[c] + j and sees the prefix and the row's own columns up to j.
+        Returns the hidden states after the final norm, and the cache with the new columns written.
+        """
+        S, T, P = tokens.shape[2], own.keys.shape[3], prefix.keys.shape[2]
+        if S > T:
+            raise ValueError(f"decode got {S} tokens per row for an own cache of {T} columns")
+        column = jnp.asarray(column, jnp.int32)
+        starts = prefix_lengths.astype(jnp.int32)[:, None]
+        shared = _context_positions(prefix_lengths, P)
+        columns = starts + jnp.arange(T, dtype=jnp.int32)
+        positions = starts + column + jnp.arange(S, dtype=jnp.int32)
+
+        def layer(block: Layer, setting: _Setting, carry: tuple, kept: KeysValues) -> tuple[tuple, None]:
+            x, own = carry
+
+            def mix(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
+                at = (setting.index, 0, 0, column, 0, 0)
+                # the whole cache is carried and only the new columns are written, so XLA updates it in place
+                cache = KeysValues(
+                    *(
+                        jax.lax.dynamic_update_slice(c, new.astype(c.dtype)[None], at)
+                        for c, new in zip(own, (key, value))
+                    )
+                )
+                mine = (jax.lax.dynamic_index_in_dim(c, setting.index, keepdims=False) for c in cache)
+                return self._attend(query, positions, [Part(*kept, shared), Part(*mine, columns)], setting), cache
+
+            return block(x, self._pick(angles, setting), mix), None
+
+        angles = self._angles(positions[:, None])
+        (x, own), _ = self._scan(layer, (self._embed(tokens), own), prefix)
+        return norm(x, self.norm, self.config), own
+
+    def __call__(
+        self,
+        contexts: Int[Array, "C P"],
+        prefix_lengths: Int[Array, C],
+        tokens: Int[Array, "C G T"],
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "C G T E"]:
+        """Hidden states (after the final norm) of G rows per context; each context goes through the network once.
+
+        Row column j stands at position prefix_lengths[c] + j; in every layer the rows see their context's keys and
+        values of that layer and their own up to j. `remat` recomputes each layer in the backward pass.
+        """
+        (C, P), (_, G, T) = contexts.shape, tokens.shape
+        starts = prefix_lengths.astype(jnp.int32)[:, None]
+        within = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (C, P))
+        shared = _context_positions(prefix_lengths, P)
+        columns = starts + jnp.arange(T, dtype=jnp.int32)
+
+        def layer(block: Layer, setting: _Setting, x: Array, _: None) -> tuple[Array, None]:
+            def mix(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+                context, rows = zip(*(_parted(a, P, G) for a in (query, key, value)))
+                out = self._attend(rows[0], columns, [Part(*context[1:], shared), Part(*rows[1:], columns)], setting)
+                out = out.reshape(C, G * T, *out.shape[3:])
+                if P == 0:
+                    return out, None
+                first = self._attend(context[0][:, None], within, [Part(*context[1:], within)], setting)
+                return jnp.concatenate([first[:, 0], out], axis=1), None
+
+            return block(x, self._pick(angles, setting), mix)
+
+        # context and rows lie side by side, so each projection is one matrix product and each weight's gradient too
+        angles = self._angles(jnp.concatenate([within, jnp.tile(columns, (1, G))], axis=1))
+        x = self._embed(jnp.concatenate([contexts, tokens.reshape(C, G * T)], axis=1))
+        x = self._scan(layer, x, remat=remat)[0]
+        return norm(x[:, P:].reshape(C, G, T, -1), self.norm, self.config)
+
+    def empty(self, C: int, G: int, T: int, dtype: Any) -> KeysValues:
+        """An own cache of zeros for C contexts of G rows of T columns."""
+        shape = (self.config.num_layers, C, G, T, self.config.num_kv_heads, self.config.head_dim)
+        return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def head(self) -> Float[Array, "E V"]:
+        """The matrix from hidden states to logits; `softcap(logits, config.final_softcap)` is left to the caller."""
+        return self.embedding[...].T if self.config.tie_embeddings else self.unembedding[...]
+
+    def _embed(self, tokens: Int[Array, "*N"]) -> Float[Array, "*N E"]:
+        # clipped, because a stray padding id must stay finite: NaN survives a mask in the gradient
+        x = self.embedding[...].at[tokens].get(mode="clip")
+        return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scale_embedding else x
+
+    def _angles(self, positions: Int[Array, "*N"]) -> tuple[Float[Array, "K *N 1 half"], Float[Array, "K *N 1 half"]]:
+        """Cosine and sine of every rotary table at positions."""
+        config = self.config
+        ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
+        turn = jnp.stack([positions[..., None, None] * rotary_frequencies(r, config.head_dim) for r in ropes])
+        return jnp.cos(turn), jnp.sin(turn)
+
+    def _pick(self, angles: tuple[Array, Array], setting: _Setting) -> tuple[Array, Array]:
+        return tuple(table[0 if setting.rope is None else setting.rope] for table in angles)
+
+    def _attend(self, query: Array, positions: Array, parts: list[Part], setting: _Setting) -> Array:
+        config = self.config
+        return attend(
+            query,
+            positions,
+            parts,
+            scale=config.score_scale,
+            softcap=config.attention_softcap,
+            window=setting.window,
+        )
+
+    def _scan(self, layer: Callable, carry: PyTree, extra: PyTree = None, *, remat: bool = False) -> tuple[PyTree, Any]:
+        """Run `layer(block, setting, carry, extra of that layer)` over all layers."""
+        config = self.config
+        sliding = np.array(config.windowed)
+        setting = _Setting(
+            index=np.arange(config.num_layers, dtype=np.int32),
+            window=np.where(sliding, config.sliding_window or 0, NOWHERE).astype(np.int32) if sliding.any() else None,
+            rope=None if config.local_rope is None else sliding.astype(np.int32),
+        )
+        graphdef, weights = nnx.split(self.layers)
+
+        def body(carry: PyTree, inputs: tuple) -> tuple[PyTree, Any]:
+            weights, setting, extra = inputs
+            return layer(nnx.merge(graphdef, weights), setting, carry, extra)
+
+        body = jax.checkpoint(body, prevent_cse=False) if remat else body
+        return jax.lax.scan(body, carry, (nnx.to_pure_dict(weights), setting, extra))
+
+
+def split(model: Transformer) -> tuple[nnx.GraphDef, PyTree]:
+    """A model as hashable structure and parameters: a nested dict of arrays, layers stacked under "layers"."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge(graphdef: nnx.GraphDef, params: PyTree) -> Transformer:
+    """The inverse of `split`; free, so it belongs inside jit and grad."""
+    return nnx.merge(graphdef, params)
+
+
+def create(config: TransformerConfig, key: Key, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, PyTree]:
+    """A randomly initialised model: normal with deviation `initializer_range`, norms 1, biases 0."""
+    graphdef, _ = abstract(config, dtype)
+    make = jax.jit(lambda key: split(Transformer(config, rngs=nnx.Rngs(key), param_dtype=dtype))[1])
+    return graphdef, make(key)
+
+
+def abstract(config: TransformerConfig, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, PyTree]:
+    """Structure and shapes of the parameters; nothing is allocated."""
+    graphdef, params, _ = _describe(config, dtype)
+    return graphdef, params
+
+
+def logical_axes(config: TransformerConfig) -> PyTree:
+    """For every parameter a tuple of axis names, in a nested dict like the parameters."""
+    return _describe(config, jnp.float32)[2]
+
+
+def _describe(config: TransformerConfig, dtype: Any) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+    found: dict[str, Any] = {}
+
+    def make() -> PyTree:
+        graphdef, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0), param_dtype=dtype))
+        found["graphdef"] = graphdef
+        found["axes"] = {path: leaf.get_metadata("axes") for path, leaf in nnx.to_flat_state(state)}
+        return nnx.to_pure_dict(state)
+
+    params = jax.eval_shape(make)
+    axes = jax.tree_util.tree_map_with_path(lambda path, _: found["axes"][tuple(k.key for k in path)], params)
+    return found["graphdef"], params, axes
+
+
+def _context_positions(lengths: Int[Array, C], P: int) -> Int[Array, "C P"]:
+    index = jnp.arange(P, dtype=jnp.int32)
+    return jnp.where(index < lengths[:, None], index, NOWHERE)
+
+
+def _parted(x: Float[Array, "C N H D"], P: int, G: int) -> tuple[Array, Array]:
+    """[C, P + G·T, H, D] as the context's [C, P, H, D] and the rows' [C, G, T, H, D]."""
+    return x[:, :P], x[:, P:].reshape(x.shape[0], G, -1, *x.shape[2:])

@@ -1,0 +1,163 @@
+"""Language models as a policy domain: requests in, rollouts out; and log-probs of a batch."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grpo_jax.models import evaluate
+from grpo_jax.sampling.decoding import Cells, Drawn, draw
+from grpo_jax.sampling.requests import Rows, bucket, cells_of, expand, pack, rollout_of
+from grpo_jax.types import Batch, Decisions, Domain, Key, Prompt, PyTree, Request, Rollout
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """What sampling and evaluation of language models need to know besides the parameters.
+
+    graphdefs: the model's structure by role ("policy" serves the roles that have none of their own).
+    tokens: context and completion tokens that one launch of the sampler may hold on one device.
+    cells: contexts per launch and rows per context that a run usually asks for; None: as each call asks.
+    """
+
+    graphdefs: Mapping[str, Any]
+    tokenizer: Any
+    mesh: Mesh
+    max_prompt: int
+    max_new: int
+    tokens: int
+    cells: tuple[int, int] | None = None
+    temperature: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)  # top_k, top_p, min_p, min_new
+    stop: tuple[str, ...] = ()
+    compute_dtype: Any = None  # None: the parameters' own
+    remat: bool = False
+
+    def domain(self) -> Domain:
+        return Domain(sample=self.sample, evaluate=self.evaluate, text=self.text)
+
+    def graphdef(self, role: str) -> Any:
+        return self.graphdefs.get(role, self.graphdefs["policy"])
+
+    def sample(
+        self, params: Mapping[str, PyTree], requests: Sequence[Request], key: Key, numbers: Counter | None = None
+    ) -> Rollout:
+        """Draw every row that the requests ask for. Requests of one role; each request is a group of its own.
+
+        A completion depends on (weights, key, prompt id, index) alone. Equal shapes are compiled once: contexts and
+        completions are padded to a few sizes, and any number of requests streams through a fixed number of cells.
+        Raises: ValueError if the requests are of several roles or ask for what cannot be.
+        """
+        roles = {r.role for r in requests}
+        if len(roles) != 1:
+            raise ValueError(f"one call of sample serves one role, got requests of {sorted(roles) or 'no role at all'}")
+        (role,) = roles
+        rows = expand(
+            requests,
+            encode=self.tokenizer.encode_prompt,
+            encode_text=self.tokenizer.encode,
+            stop_ids=self.tokenizer.stop_ids,
+            defaults={
+                "max_new": self.max_new,
+                "temperature": self.temperature,
+                "stop": self.stop,
+                **self.options,
+            },
+            numbers=Counter() if numbers is None else numbers,
+        )
+        only_given = (rows.budget == rows.given_lengths).all()
+        if only_given and not rows.options["score"].any():
+            return rollout_of(rows, None, role=role)
+        decisions = self._decisions(rows.given.shape[1])
+        context_width = max(bucket(self.max_prompt), bucket(rows.contexts.tokens.shape[1]))
+        width, slots = self._cells(rows, context_width, decisions)
+        launches = pack(rows, context_width=context_width, width=width, slots=slots)
+        restricts = bool(
+            (rows.options["top_k"] > 0).any()
+            or (rows.options["top_p"] < 1).any()
+            or (rows.options["min_p"] > 0).any()
+            or (rows.options["min_new"] > 0).any()
+        )
+        role_key = jax.random.fold_in(key, zlib.crc32(role.encode()) & 0x7FFFFFFF)
+        weights = cast(params.get(role, params["policy"]), self.compute_dtype)
+        results = []
+        for launch in launches:  # all are dispatched before the first is read
+            cells = cells_of(rows, launch, context_width=context_width, decisions=decisions)
+            results.append(
+                draw(
+                    self.graphdef(role),
+                    weights,
+                    self._place(cells),
+                    role_key,
+                    restricts=restricts,
+                    has_given=bool(rows.given_lengths.any()),
+                )
+            )
+        return rollout_of(rows, self._gather(results, launches, rows.given.shape[1]), role=role)
+
+    def evaluate(self, params: PyTree, batch: Batch, role: str, wants: Sequence[str] = ()) -> Decisions:
+        """log-probs of a batch whose rows lie in equal runs under its contexts. In jit."""
+        weights = cast(params, self.compute_dtype)
+        return evaluate(self.graphdef(role), weights, batch, wants=wants, remat=self.remat)
+
+    def text(self, rollout: Rollout) -> list[str]:
+        """Completions as text, without stop tokens and other specials."""
+        return [self.tokenizer.decode(ids[:n]) for ids, n in zip(np.asarray(rollout.completions), rollout.lengths)]
+
+    def prompt_length(self, prompt: Prompt) -> int:
+        return len(self.tokenizer.encode_prompt(prompt.text))
+
+    def _decisions(self, asked: int) -> int:
+        """The width of the completion axis: the configured budget, or the next bucket for prefixes beyond it."""
+        return self.max_new if asked <= self.max_new else bucket(asked)
+
+    def _cells(self, rows: Rows, context_width: int, decisions: int) -> tuple[int, int]:
+        """Rows per context and contexts per launch.
+
+        The usual cells where there are any and the rows fill more than a quarter of them, so that whatever is asked for
+        streams through one program; otherwise what is asked for, with at most an eighth of padding. Never more than the
+        budget of tokens allows.
+        """
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        counts = np.unique(rows.sampled_under, return_counts=True)[1]
+        contexts, width = self.cells or (0, int(np.median(counts)))
+        if counts.max() == 1:
+            contexts, width = contexts * width, 1
+        width = max(1, min(width, (self.tokens - context_width) // decisions))
+        per_launch = max(1, self.tokens // (context_width + width * decisions)) * shards
+        needed = int(sum(-(-n // width) for n in counts))
+        if needed <= contexts / 4 or not contexts:
+            step = max(1, 2 ** (needed.bit_length() - 3))
+            contexts = -(-needed // step) * step
+        return width, min(per_launch, -(-contexts // shards) * shards)
+
+    def _place(self, cells: Cells) -> Cells:
+        if self.mesh.size == 1:
+            return cells
+        rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return Cells(*(jax.device_put(x, everywhere if name == "stops" else rows) for name, x in cells._asdict().items()))
+
+    def _gather(self, results: list[Drawn], launches: list[np.ndarray], width: int) -> Drawn:
+        order = np.concatenate([launch.reshape(-1) for launch in launches])
+        back = np.argsort(order, kind="stable")[(order < 0).sum() :]
+        flat = []
+        for parts in zip(*jax.device_get(results)):
+            values = np.concatenate([p.reshape(-1, *p.shape[2:]) for p in parts])[back]
+            flat.append(values[:, :width] if values.ndim == 2 else values)
+        return Drawn(*flat)
+
+
+def cast(params: PyTree, dtype: Any) -> PyTree:
+    """Floating-point leaves in the compute dtype; None leaves them as they are."""
+    if dtype is None:
+        return params
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)

@@ -1,0 +1,257 @@
+"""From requests to cells and back: contexts stored once, rows packed side by side under them. Host only, numpy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from grpo_jax.sampling.decoding import Cells, Drawn
+from grpo_jax.types import Contexts, Request, Rollout
+
+OPTIONS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_new": 0, "score": True}
+
+
+class Rows(NamedTuple):
+    """Every row that requests ask for, flat, before it is drawn."""
+
+    contexts: Contexts
+    sampled_under: np.ndarray
+    trained_under: np.ndarray
+    given: np.ndarray  # [N, T]
+    given_logps: np.ndarray  # [N, T]; NaN = given, not drawn
+    given_lengths: np.ndarray
+    trains_given: np.ndarray
+    budget: np.ndarray
+    temperature: np.ndarray
+    options: dict[str, np.ndarray]
+    stops: np.ndarray  # [S, W]
+    stops_apply: np.ndarray  # [N, S]
+    prompt_ids: np.ndarray
+    index: np.ndarray
+    group_ids: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
+def bucket(n: int, *, least: int = 8, step: int = 256) -> int:
+    """n rounded up to a power of two, or from `step` on to a multiple of it: the few sizes that get compiled."""
+    size = least
+    while size < min(n, step):
+        size *= 2
+    return size if n <= size else -(-n // step) * step
+
+
+def expand(
+    requests: Sequence[Request],
+    *,
+    encode: Callable[[object], np.ndarray],
+    encode_text: Callable[[str], np.ndarray],
+    stop_ids: Sequence[int],
+    defaults: dict,
+    numbers: Counter,
+) -> Rows:
+    """The rows of these requests, in order.
+
+    encode turns a prompt (text or chat) into token ids, encode_text plain text. defaults: max_new, temperature, stop
+    and OPTIONS, used where a request says nothing. numbers: rows so far per (role, prompt), moved on.
+    Raises: ValueError for an option that does not exist, or a row without context tokens or without budget.
+    """
+    tokens: dict[bytes, int] = {}
+    stored: list[np.ndarray] = []
+
+    def context(text) -> int:
+        ids = np.asarray(text if isinstance(text, np.ndarray) else encode(text), np.int32)
+        if not ids.size:
+            raise ValueError("a context has no tokens: give a prompt that is not empty, or a tokenizer with a BOS token")
+        slot = tokens.setdefault(ids.tobytes(), len(stored))
+        if slot == len(stored):
+            stored.append(ids)
+        return slot
+
+    stop_sequences: dict[tuple[int, ...], int] = {(int(i),): k for k, i in enumerate(stop_ids)}
+    always = len(stop_sequences)
+
+    def stops_of(request: Request) -> list[int]:
+        texts = (*defaults.get("stop", ()), *request.stop)
+        ids = [tuple(int(i) for i in encode_text(text)) for text in texts]
+        return [stop_sequences.setdefault(s, len(stop_sequences)) for s in ids]
+
+    per_request, counts = [], []
+    for request in requests:
+        unknown = set(request.options) - set(OPTIONS)
+        if unknown:
+            raise ValueError(f"a language model's requests take the options {sorted(OPTIONS)}, got {sorted(unknown)}")
+        sampled = context(request.prompt.text if request.context is None else request.context)
+        trained = sampled if request.train_context is None else context(request.train_context)
+        given, given_logps = _prefix(request, encode_text, stop_ids)
+        max_new = defaults["max_new"] if request.max_new is None else request.max_new
+        temperature = defaults["temperature"] if request.temperature is None else request.temperature
+        options = {**OPTIONS, **{k: defaults[k] for k in OPTIONS if k in defaults}, **request.options}
+        start = numbers[request.role, request.prompt.id]
+        numbers[request.role, request.prompt.id] += request.count
+        counts.append(request.count)
+        per_request.append(
+            (sampled, trained, given, given_logps, max_new, temperature, options, stops_of(request), start)
+        )
+
+    repeat = lambda values, dtype: np.repeat(np.asarray(list(values), dtype), counts, axis=0)  # noqa: E731
+    sampled, trained, givens, logps, max_new, temperature, options, stops, starts = zip(*per_request)
+    lengths = np.array([len(x) for x in givens], np.int32)
+    budget = lengths + np.array(max_new, np.int32)
+    if (budget == 0).any():
+        raise ValueError("a request asks for no decisions: give it a prefix or a max_new above 0")
+    width = int(budget.max())
+    given, given_logps = np.zeros((len(counts), width), np.int32), np.full((len(counts), width), np.nan, np.float32)
+    for i, (ids, lps) in enumerate(zip(givens, logps)):
+        given[i, : len(ids)], given_logps[i, : len(ids)] = ids, lps
+    longest = max(map(len, stop_sequences), default=1)
+    sequences = np.full((max(len(stop_sequences), 1), longest), -1, np.int32)
+    for sequence, k in stop_sequences.items():
+        sequences[k, longest - len(sequence) :] = sequence
+    apply = np.zeros((len(counts), len(sequences)), bool)
+    apply[:, :always] = True
+    for i, which in enumerate(stops):
+        apply[i, which] = True
+    if not stop_sequences:
+        apply[:] = False
+    padded = np.zeros((len(stored), max(map(len, stored))), np.int32)
+    for i, ids in enumerate(stored):
+        padded[i, : len(ids)] = ids
+    place = np.arange(sum(counts)) - np.repeat(np.cumsum([0, *counts[:-1]]), counts)
+    return Rows(
+        contexts=Contexts(tokens=padded, lengths=np.array([len(x) for x in stored], np.int32)),
+        sampled_under=repeat(sampled, np.int32),
+        trained_under=repeat(trained, np.int32),
+        given=np.repeat(given, counts, axis=0),
+        given_logps=np.repeat(given_logps, counts, axis=0),
+        given_lengths=np.repeat(lengths, counts),
+        trains_given=repeat([r.train_given for r in requests], bool),
+        budget=np.repeat(budget, counts),
+        temperature=repeat(temperature, np.float32),
+        options={k: repeat([o[k] for o in options], np.asarray(v).dtype) for k, v in OPTIONS.items()},
+        stops=sequences,
+        stops_apply=np.repeat(apply, counts, axis=0),
+        prompt_ids=repeat([r.prompt.id for r in requests], np.int32),
+        index=(repeat(starts, np.int64) + place).astype(np.int32),
+        group_ids=repeat(range(len(requests)), np.int32),
+        columns=_numeric_columns(requests, counts),
+    )
+
+
+def _prefix(request: Request, encode_text, stop_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Decisions that are there already. A text is given, and as a whole completion it ends with the first stop."""
+    if request.prefix is None:
+        return np.zeros(0, np.int32), np.zeros(0, np.float32)
+    if isinstance(request.prefix, str):
+        ids = np.asarray(encode_text(request.prefix), np.int32)
+        if request.max_new == 0 and stop_ids:
+            ids = np.append(ids, np.int32(stop_ids[0]))
+        return ids, np.full(len(ids), np.nan, np.float32)
+    ids, logps = (np.asarray(x) for x in request.prefix)
+    if ids.shape != logps.shape or ids.ndim != 1:
+        raise ValueError(f"a prefix is token ids [t] and their log-probs [t], got shapes {ids.shape} and {logps.shape}")
+    return ids.astype(np.int32), logps.astype(np.float32)
+
+
+def _numeric_columns(requests: Sequence[Request], counts: Sequence[int]) -> dict[str, np.ndarray]:
+    """The dataset columns that are one number in every row; texts stay with the prompts."""
+    number = (bool, int, float, np.number, np.bool_)
+    names = [k for k, v in requests[0].prompt.columns.items() if isinstance(v, number)]
+    columns = {}
+    for name in names:
+        values = [r.prompt.columns.get(name) for r in requests]
+        if all(isinstance(v, number) for v in values):
+            columns[name] = np.repeat(np.asarray(values, np.float32), counts)
+    return columns
+
+
+def pack(rows: Rows, *, context_width: int, width: int, slots: int) -> list[np.ndarray]:
+    """Launches of the sampler: arrays [slots, width] of row numbers, -1 = padding; one context per slot."""
+    filled: list[np.ndarray] = []
+    order = np.argsort(rows.sampled_under, kind="stable")
+    bounds = np.flatnonzero(np.diff(rows.sampled_under[order])) + 1
+    for members in np.split(order, bounds):
+        for start in range(0, len(members), width):
+            part = members[start : start + width]
+            filled.append(np.pad(part, (0, width - len(part)), constant_values=-1))
+    filled += [np.full(width, -1)] * (-len(filled) % slots)
+    table = np.stack(filled)
+    return [table[i : i + slots] for i in range(0, len(table), slots)]
+
+
+def cells_of(rows: Rows, launch: np.ndarray, *, context_width: int, decisions: int) -> Cells:
+    """The sampler's arguments for one launch. Padding cells have budget 0."""
+    real, at = launch >= 0, np.maximum(launch, 0)
+    under = np.where(real[:, 0], rows.sampled_under[at[:, 0]], 0)
+    lengths = np.where(real[:, 0], rows.contexts.lengths[under], 1)
+    tokens = rows.contexts.tokens[under]
+    contexts = np.zeros((len(launch), context_width), np.int32)
+    contexts[:, : tokens.shape[1]] = tokens[:, :context_width]
+    given = np.zeros((*launch.shape, decisions), np.int32)
+    given[..., : rows.given.shape[1]] = rows.given[at]
+    cell = lambda values, padding: np.where(real, values[at], padding).astype(values.dtype)  # noqa: E731
+    return Cells(
+        contexts=contexts,
+        context_lengths=lengths.astype(np.int32),
+        given=given,
+        given_lengths=cell(rows.given_lengths, 0),
+        budget=cell(rows.budget, 0),
+        minimum=cell(rows.options["min_new"] + rows.given_lengths, 0).astype(np.int32),
+        temperature=cell(rows.temperature, 1),
+        top_k=cell(rows.options["top_k"], 0).astype(np.int32),
+        top_p=cell(rows.options["top_p"], 1).astype(np.float32),
+        min_p=cell(rows.options["min_p"], 0).astype(np.float32),
+        prompt_ids=cell(rows.prompt_ids, -1),
+        index=cell(rows.index, 0),
+        stops=rows.stops,
+        stops_apply=rows.stops_apply[at] & real[..., None],
+    )
+
+
+def rollout_of(rows: Rows, drawn: Drawn | None, *, role: str) -> Rollout:
+    """The finished rows. `drawn` holds them flat, in the order of `rows`; None: nothing was drawn or scored."""
+    n, t = len(rows), rows.given.shape[1]
+    column = np.arange(t)
+    was_given = column < rows.given_lengths[:, None]
+    given_logps = np.where(was_given, rows.given_logps, np.nan)
+    if drawn is None:
+        tokens, lengths = rows.given, rows.given_lengths
+        finished = np.array([_ends(row[:k], rows.stops[a]) for row, k, a in zip(rows.given, lengths, rows.stops_apply)])
+        behavior, sampler = given_logps, np.full((n, t), np.nan, np.float32)
+    else:
+        tokens, lengths, finished, drawn_logps, sampler = (np.asarray(x) for x in drawn)
+        exists = column < lengths[:, None]
+        behavior = np.where(was_given, given_logps, np.where(exists, drawn_logps, np.nan))
+    exists = column < lengths[:, None]
+    chosen = exists & ~np.isnan(behavior)
+    drew = (rows.budget > rows.given_lengths) & (rows.temperature > 0)
+    return Rollout(
+        contexts=rows.contexts,
+        sampled_under=rows.sampled_under,
+        trained_under=rows.trained_under,
+        completions=np.where(exists, tokens, 0).astype(np.int32),
+        lengths=lengths.astype(np.int32),
+        completion_mask=chosen | (exists & was_given & rows.trains_given[:, None]),
+        behavior_logps=behavior.astype(np.float32),
+        sampler_logps=sampler.astype(np.float32),
+        finished=finished.astype(bool),
+        temperature=np.where(drew, rows.temperature, 1).astype(np.float32),
+        prompt_ids=rows.prompt_ids,
+        index=rows.index,
+        group_ids=rows.group_ids,
+        weights=np.ones(n, np.float32),
+        update_ids=np.full(n, -1, np.int32),
+        scores=np.zeros((n, 0), np.float32),
+        columns=rows.columns,
+        role=role,
+    )
+
+
+def _ends(tokens: np.ndarray, stops: np.ndarray) -> bool:
+    wanted = [s[s >= 0] for s in stops]
+    return any(len(s) and len(tokens) >= len(s) and (tokens[-len(s) :] == s).all() for s in wanted)

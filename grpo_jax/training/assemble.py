@@ -1,0 +1,237 @@
+"""From a configuration to the parts of a run: model, tokenizer, prompts, rewards, and what is derived from the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from grpo_jax import data, models, rewards
+from grpo_jax.sampling import LanguageModel, bucket
+from grpo_jax.training.configuration import Config
+from grpo_jax.training.deal import Layout, choose_layout
+from grpo_jax.training.mesh import make_mesh, shards
+from grpo_jax.training.step import Policy, begin
+from grpo_jax.types import Method, Prompt, PyTree, Rollout
+
+# Sampling keeps no activations: a launch holds this many times the tokens that a micro-batch of training does.
+SAMPLING_TOKENS = 8
+
+
+class Model(NamedTuple):
+    """A policy in memory: structure, parameters and tokenizer."""
+
+    config: models.TransformerConfig
+    graphdef: Any
+    params: PyTree
+    tokenizer: data.Tokenizer
+    mesh: Mesh
+
+
+def load_model(path: str | Path, *, tokenizer: str | None = None, mesh: Mesh | None = None) -> Model:
+    """A Hugging Face directory, or the name of a model that is in the local hub cache, with its tokenizer.
+
+    Weights are float32 on `mesh` (default: all devices as one data axis). Raises: as `models.load`.
+    """
+    mesh = mesh or make_mesh()
+    folder = _local(path)
+    config, graphdef, params = models.load(folder, mesh=mesh)
+    chosen = data.load_tokenizer(tokenizer or folder)
+    if chosen.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer or folder} has {chosen.vocab_size} ids, but the model {path} only {config.vocab_size}: "
+            "give the tokenizer that belongs to the model (data.tokenizer)"
+        )
+    return Model(config, graphdef, params, chosen, mesh)
+
+
+def tiny_model(config: Config, mesh: Mesh) -> Model:
+    """A small transformer of random weights, with the byte-level tokenizer unless another is named."""
+    tokenizer = data.load_tokenizer(config.data.tokenizer or "bytes")
+    sizes = config.model.tiny
+    shape = models.TransformerConfig(
+        family="qwen3",
+        query_key_norm=True,
+        qkv_bias=False,
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.mlp,
+        num_layers=sizes.layers,
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_dim=sizes.hidden // sizes.heads,
+        initializer_range=sizes.initializer_range,
+        max_length=4096,
+        eos_token_ids=tuple(int(i) for i in tokenizer.stop_ids),
+        pad_token_id=int(tokenizer.pad_id),
+    )
+    graphdef, params = models.create(shape, jax.random.key(config.seed))
+    params = jax.device_put(params, models.shardings(models.logical_axes(shape), mesh))
+    return Model(shape, graphdef, params, tokenizer, mesh)
+
+
+def open_model(config: Config) -> Model:
+    mesh = make_mesh(**config.mesh.model_dump())
+    if config.model.path == "tiny":
+        return tiny_model(config, mesh)
+    return load_model(config.model.path, tokenizer=config.data.tokenizer, mesh=mesh)
+
+
+def language_model(model: Model, config: Config, *, group_size: int) -> LanguageModel:
+    """The policy domain of the configuration. group_size: completions per prompt that the method usually asks for."""
+    sampling = config.sampling
+    dtype = jnp.dtype(config.model.dtype)
+    return LanguageModel(
+        graphdefs={"policy": model.graphdef},
+        tokenizer=model.tokenizer,
+        mesh=model.mesh,
+        max_prompt=config.data.max_prompt,
+        max_new=sampling.max_new,
+        tokens=SAMPLING_TOKENS * config.batch.tokens_per_device,
+        cells=(config.batch.prompts, group_size),
+        temperature=sampling.temperature,
+        options={name: getattr(sampling, name) for name in ("top_k", "top_p", "min_p", "min_new")},
+        stop=tuple(sampling.stop),
+        compute_dtype=None if dtype == jnp.float32 else dtype,
+        remat=config.model.remat,
+    )
+
+
+def layout_of(config: Config, mesh: Mesh, *, group_size: int, prompts: int) -> Layout:
+    return choose_layout(
+        group_size=group_size,
+        prompts=-(-prompts // config.training.updates),
+        context_width=bucket(config.data.max_prompt),
+        decisions=config.sampling.max_new,
+        tokens_per_device=config.batch.tokens_per_device,
+        shards=shards(mesh),
+    )
+
+
+def open_pool(config: Config, source: Any, tokenizer: data.Tokenizer, *, split: str | None = None, shuffle: bool = True) -> data.Pool:
+    return data.Pool.open(
+        source,
+        tokenizer=tokenizer,
+        seed=config.seed,
+        max_prompt=config.data.max_prompt,
+        prompt_column=config.data.prompt_column,
+        template=_plain(config.data.template),
+        split=split,
+        shuffle=shuffle,
+    )
+
+
+class Sources(NamedTuple):
+    """Where prompts come from: training, held-out (or None), and demonstrations for the supervised warm-up (or None)."""
+
+    train: Any
+    held_out: Any
+    demonstrations: Any
+
+
+def sources(config: Config, prompts: Any = None) -> Sources:
+    """The configured sources; `prompts` (rows in memory) stands for `data.source`."""
+    warmup, evaluation = config.warmup, config.evaluation
+    if prompts is None and config.data.source == "addition":
+        train, held_out = data.addition(**{"seed": config.seed, **config.data.options})
+        made = None
+        if warmup is not None and warmup.source == "demonstrations":
+            made = data.demonstrations(train, **{"seed": config.seed, **warmup.options})
+        elif warmup is not None:
+            made = _plain(warmup.source)
+        return Sources(train, _plain(evaluation.source) or held_out, made)
+    return Sources(
+        _plain(config.data.source) if prompts is None else prompts,
+        _plain(evaluation.source),
+        None if warmup is None else _plain(warmup.source),
+    )
+
+
+class Verifier:
+    """Scores a rollout with the configured reward functions; checks at the start that they can be called."""
+
+    def __init__(self, functions: Sequence[rewards.Reward], columns: Sequence[str], *, time_limit: float, on_error: str) -> None:
+        self.functions, self.time_limit, self.on_error = tuple(functions), time_limit, on_error
+        rewards.check(self.functions, [*columns, *rewards.STANDARD_COLUMNS])
+        self.failures: list[str] = []
+
+    def __call__(self, prompts: Sequence[Prompt], rows: Rollout, texts: Sequence[str], step: int) -> Rollout:
+        names = list(dict.fromkeys(name for p in prompts for name in p.columns))
+        columns: dict[str, Any] = {name: [p.columns.get(name) for p in prompts] for name in names}
+        columns |= {
+            "step": step,
+            "prompt_id": rows.prompt_ids.tolist(),
+            "completion_ids": [ids[:n].tolist() for ids, n in zip(rows.completions, rows.lengths)],
+            "finished": rows.finished.tolist(),
+            "lengths": rows.lengths.tolist(),
+        }
+        chat = [not isinstance(p.text, str) for p in prompts]
+        completions = [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat)]
+        scored = rewards.score(
+            self.functions,
+            [p.text for p in prompts],
+            completions,
+            columns,
+            time_limit=self.time_limit,
+            on_error=self.on_error,
+        )
+        self.failures += scored.failures
+        return rows.replace(
+            scores=np.asarray(scored.scores, np.float32),
+            channels=tuple(scored.channels),
+            channel_weights=tuple(float(w) for w in scored.weights),
+            columns={**rows.columns, **scored.columns},
+        )
+
+
+def roles_of(
+    method: Method, params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> dict[str, Policy]:
+    """The policy and the other roles: copies of it, or models of the same architecture from a path."""
+    policies = {"policy": begin(params, optimizer, mesh)}
+    for name, role in method.roles.items():
+        start = jax.tree.map(jnp.copy, params) if role.start == "policy" else _same(role.start, params)
+        policies[name] = begin(start, optimizer, mesh) if role.train else Policy(start)
+    return policies
+
+
+def describe_layout(layout: Layout, config: Config, mesh: Mesh) -> str:
+    """What follows from the three numbers, in a line."""
+    rows = config.batch.prompts * config.batch.group_size
+    return (
+        f"{config.batch.prompts} prompts x {config.batch.group_size} completions = {rows} rows a step, "
+        f"{config.training.updates} update(s) of {layout.sweeps} micro-batch(es) of {layout.contexts} prompts x "
+        f"{layout.rows} completions ({layout.context_width} + {layout.decisions} tokens) on {mesh.size} device(s)"
+    )
+
+
+def _same(path: str, params: PyTree) -> PyTree:
+    shapes = jax.tree.map(lambda x: x.shape, params)
+    _, _, loaded = models.load(_local(path))
+    if jax.tree.map(lambda x: x.shape, loaded) != shapes:
+        raise ValueError(f"the model {path} has other sizes than the policy: a role of the run shares its architecture")
+    return jax.device_put(loaded, jax.tree.map(lambda x: x.sharding, params))
+
+
+def _local(path: str | Path) -> str:
+    """A directory as it is; a hub name from the local cache, or downloaded where there is a network."""
+    if Path(path).exists() or str(path).count("/") != 1:
+        return str(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{path} is no directory, and as a hub name it could not be had: {error}. Give the path of a Hugging Face directory"
+        ) from error
+
+
+def _plain(source: Any) -> Any:
+    return list(source) if isinstance(source, tuple) else source

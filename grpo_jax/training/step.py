@@ -1,0 +1,256 @@
+"""One optimiser step: both forms of loss, micro-batches, and the numbers to look at.
+
+A loss [N, T] is summed with weights that depend on data alone, so it may be cut into micro-batches anywhere. A scalar
+loss sees the whole mini-batch: its cotangent with respect to the decisions is computed over the whole, and carried
+backward micro-batch by micro-batch. Both are exact whatever the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.training.mesh import by_rows
+from grpo_jax.types import Batch, Contexts, Decisions, Method, PyTree
+
+Evaluate = Callable[[PyTree, Batch], Decisions]
+
+
+class Policy(NamedTuple):
+    """Parameters and, if it is trained, the optimiser's state."""
+
+    params: PyTree
+    optimizer: PyTree = None
+
+
+def begin(params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> Policy:
+    """A policy that is about to be trained; the optimiser's state lies on the mesh as the parameters do."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    places = optax.tree.map_params(
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, params),
+        jax.tree.map(lambda x: x.sharding, params),
+        transform_non_params=lambda _: everywhere,
+    )
+    return Policy(params, jax.jit(optimizer.init, out_shardings=places)(params))
+
+
+def rows_at(batch: Batch, under: Int[Array, "N"], order: Int[Array, "C G"]) -> Batch:
+    """The rows of these cells, laid out in C runs under C contexts. Padding cells weigh nothing and are in no group."""
+    flat, real = jnp.maximum(order.reshape(-1), 0), order.reshape(-1) >= 0
+    context = under[jnp.maximum(order[:, 0], 0)]
+    rows = jax.tree.map(lambda x: x[flat], batch.replace(contexts=None))
+    here = jnp.repeat(jnp.arange(order.shape[0], dtype=jnp.int32), order.shape[1])
+    return rows.replace(
+        contexts=jax.tree.map(lambda x: x[context], batch.contexts),
+        sampled_under=jnp.where(rows.sampled_under == rows.trained_under, here, -1),
+        trained_under=here,
+        lengths=jnp.where(real, rows.lengths, 0),
+        completion_mask=rows.completion_mask & real[:, None],
+        weights=jnp.where(real, rows.weights, 0.0),
+        group_ids=jnp.where(real, rows.group_ids, -1),
+        prompt_ids=jnp.where(real, rows.prompt_ids, -1),
+    )
+
+
+def evaluate_all(
+    evaluate: Evaluate,
+    params: PyTree,
+    batch: Batch,
+    under: Int[Array, "N"],
+    order: Int[Array, "M C G"],
+    count,
+    mesh: Mesh,
+) -> Decisions:
+    """What a policy says of every row, micro-batch by micro-batch, in the order of the batch; 0 for rows in no cell."""
+
+    def one(cells: Int[Array, "C G"]) -> Decisions:
+        return evaluate(params, by_rows(rows_at(batch, under, cells), mesh))
+
+    shapes = jax.eval_shape(one, order[0])
+    n, cells = len(batch), order.shape[1] * order.shape[2]
+    result = jax.tree.map(lambda x: jnp.zeros((n + 1, *x.shape[1:]), x.dtype), shapes)
+
+    def sweep(i, result):
+        place = jnp.where(order[i] < 0, n, order[i]).reshape(cells)
+        return jax.tree.map(lambda whole, part: whole.at[place].set(part), result, one(order[i]))
+
+    result = sweep(0, result) if order.shape[0] == 1 else jax.lax.fori_loop(0, count, sweep, result)
+    return jax.tree.map(lambda x: x[:n], result)
+
+
+def train_step(
+    method: Method,
+    evaluate: Evaluate,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    policy: Policy,
+    batch: Batch,
+    arrays: PyTree,
+    order: Int[Array, "M C G"],
+    count: Int[Array, ""],
+    *,
+    first: bool,
+) -> tuple[Policy, dict[str, Array]]:
+    """Gradient of the method's objective over one mini-batch, and one step of the optimiser with it.
+
+    order, count: the cells of the mini-batch (`deal.lay_out` under `trained_under`). first: whether this is the first
+    update since the batch was sampled; then rows trained under the context that they were sampled under take
+    stop_gradient(new) as `old`, so that their ratio is exactly 1. An update in which nothing weighs is not applied.
+
+    Returns the policy and scalars: loss, grad_norm, applied, and the means of what the objective reports.
+    """
+    sweeps, cells = order.shape[0], order.shape[1] * order.shape[2]
+    context_of = batch.trained_under
+    part = _whole(batch, order)
+    weights = method.aggregate(part)
+    scalar = returns_scalar(method, evaluate, policy.params, batch, context_of, order[0], arrays)
+
+    def piece(i) -> tuple[Batch, Float[Array, "R T"]]:
+        rows = by_rows(rows_at(batch, context_of, order[i]), mesh)
+        return rows, jax.lax.dynamic_slice_in_dim(weights, i * cells, cells)
+
+    def one_pass(params, i):
+        rows, w = piece(i)
+        new = evaluate(params, rows)
+        rows = with_old(rows, new, first)
+        loss, reported = method.objective(new, rows, arrays)
+        return jnp.where(w > 0, w * loss, 0).sum(), (new, reported)
+
+    if scalar:
+
+        def forward(i):
+            rows, _ = piece(i)
+            return evaluate(policy.params, rows)
+
+        decisions = _collect(forward, sweeps, count, cells)
+        whole = with_old(part, decisions, first)
+        objective = lambda new: method.objective(new, whole, arrays)  # noqa: E731
+        loss, pull, reported = jax.vjp(objective, decisions, has_aux=True)
+        (cotangent,) = pull(jnp.ones_like(loss))
+
+        def backward(i, grads):
+            rows, _ = piece(i)
+            here = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * cells, cells), cotangent)
+            _, pull = jax.vjp(lambda params: evaluate(params, rows), policy.params)
+            return jax.tree.map(jnp.add, grads, pull(here)[0])
+
+        grads = _sum_over(backward, sweeps, count, policy.params)
+        new = decisions
+    else:
+        gradient = jax.value_and_grad(one_pass, has_aux=True)
+        if sweeps == 1:
+            (loss, (new, reported)), grads = gradient(policy.params, 0)
+        else:
+            shapes = jax.eval_shape(lambda p: gradient(p, 0)[0][1], policy.params)
+            stacked = jax.tree.map(lambda x: jnp.zeros((sweeps * cells, *x.shape[1:]), x.dtype), shapes)
+
+            def sweep(i, carry):
+                total, grads, seen = carry
+                (loss, aux), more = gradient(policy.params, i)
+                put = lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, i * cells, 0)  # noqa: E731
+                return total + loss, jax.tree.map(jnp.add, grads, more), jax.tree.map(put, seen, aux)
+
+            zeros = jax.tree.map(jnp.zeros_like, policy.params)
+            carry = (jnp.zeros((), jnp.float32), zeros, stacked)
+            loss, grads, (new, reported) = jax.lax.fori_loop(0, count, sweep, carry)
+
+    total = jnp.where(weights > 0, weights, 0).sum()
+    apply = total > 0
+    updates, state = optimizer.update(grads, policy.optimizer, policy.params)
+    stepped = Policy(optax.apply_updates(policy.params, updates), state)
+    kept = jax.tree.map(lambda a, b: jnp.where(apply, a, b), stepped, policy)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "applied": apply.astype(jnp.float32),
+        **summarise(new, part, reported, first),
+    }
+    return kept, metrics
+
+
+def returns_scalar(method: Method, evaluate: Evaluate, params, batch: Batch, under, cells, arrays) -> bool:
+    """Whether the method's objective is one number for the whole mini-batch, rather than one per decision."""
+
+    def objective(params):
+        rows = rows_at(batch, under, cells)
+        new = evaluate(params, rows)
+        return method.objective(new, with_old(rows, new, True), arrays)[0]
+
+    shape = jax.eval_shape(objective, params).shape
+    expected = (cells.size, batch.completions.shape[1])
+    if shape not in ((), expected):
+        raise ValueError(f"an objective returns a scalar or one loss per decision {expected}, got shape {shape}")
+    return shape == ()
+
+
+def with_old(rows: Batch, new: Decisions, first: bool) -> Batch:
+    """`old` at the start of a step: the very same numbers as `new` where a row's two contexts are one."""
+    now = jax.lax.stop_gradient(new)
+    if rows.old is None:
+        return rows.replace(old=now)
+    if not first:
+        return rows
+    same = rows.sampled_under == rows.trained_under
+
+    def choose(a, b):
+        return jnp.where(same.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return rows.replace(old=jax.tree.map(choose, now, rows.old))
+
+
+def summarise(new: Decisions, rows: Batch, reported: dict[str, Array], first: bool) -> dict[str, Array]:
+    """Means over trained decisions of what the objective reports; quantiles of "ratio"; the gap to the sampler."""
+    trained = rows.completion_mask & (rows.weights > 0)[:, None]
+    size = jnp.maximum(trained.sum(), 1)
+    mean = lambda x, where=trained, n=size: jnp.where(where, x, 0).sum() / n  # noqa: E731
+    metrics = {name: mean(x) for name, x in reported.items() if name != "ratio"}
+    metrics |= {name: mean(x) for name, x in new.stats.items() if x.ndim == 2 and name not in metrics}
+    if "ratio" in reported:
+        ratio = jnp.where(trained, reported["ratio"], jnp.nan)
+        low, high = jnp.nanquantile(ratio, jnp.array([0.01, 0.99]))
+        metrics |= {"ratio_p01": low, "ratio_p99": high, "ratio_max": jnp.nanmax(ratio)}
+    if first:
+        same = (rows.sampled_under == rows.trained_under)[:, None]
+        drawn = trained & same & ~jnp.isnan(rows.behavior_logps) & ~jnp.isnan(rows.sampler_logps)
+        gap = jnp.where(drawn, jnp.abs(new.logps - rows.sampler_logps), 0)
+        metrics |= {"gap_max": gap.max(), "gap_mean": gap.sum() / jnp.maximum(drawn.sum(), 1)}
+    return metrics
+
+
+def _whole(batch: Batch, order: Int[Array, "M C G"]) -> Batch:
+    """All rows of the mini-batch in the order of its cells, with the group ids renumbered into its range."""
+    sweeps, contexts, width = order.shape
+    rows = rows_at(
+        batch.replace(contexts=_no_contexts()), jnp.zeros_like(batch.trained_under), order.reshape(-1, width)
+    )
+    n = rows.group_ids.shape[0]
+    # Ids lie in [0, N) of the whole batch, and a mini-batch may be shorter: number the groups by first appearance.
+    ids = rows.group_ids
+    known = jnp.unique(jnp.where(ids < 0, jnp.iinfo(jnp.int32).max, ids), size=n, fill_value=jnp.iinfo(jnp.int32).max)
+    return rows.replace(group_ids=jnp.where(ids < 0, -1, jnp.searchsorted(known, ids)).astype(jnp.int32))
+
+
+def _no_contexts() -> Contexts:
+    return Contexts(tokens=jnp.zeros((1, 0), jnp.int32), lengths=jnp.zeros(1, jnp.int32))
+
+
+def _collect(forward: Callable[[Any], Decisions], sweeps: int, count, cells: int) -> Decisions:
+    if sweeps == 1:
+        return forward(0)
+    shapes = jax.eval_shape(forward, 0)
+    whole = jax.tree.map(lambda x: jnp.zeros((sweeps * cells, *x.shape[1:]), x.dtype), shapes)
+    put = lambda i: lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, i * cells, 0)  # noqa: E731
+    return jax.lax.fori_loop(0, count, lambda i, whole: jax.tree.map(put(i), whole, forward(i)), whole)
+
+
+def _sum_over(add: Callable[[Any, PyTree], PyTree], sweeps: int, count, like: PyTree) -> PyTree:
+    zeros = jax.tree.map(jnp.zeros_like, like)
+    return add(0, zeros) if sweeps == 1 else jax.lax.fori_loop(0, count, add, zeros)
