@@ -1,6 +1,6 @@
 """What `import grpo_jax.losses` costs beyond `import jax`, and what it pulls in.
 
-    python benchmarks/imports.py        exits non-zero if a heavy package is pulled in or `import grpo_jax` takes 2 s
+python benchmarks/imports.py        exits non-zero if a heavy package is pulled in or `import grpo_jax` takes 2 s
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ print(json.dumps({{"seconds": seconds, "packages": added}}))
 def measure(module: str, runs: int = 5) -> tuple[float, list[str]]:
     """Median seconds after `import jax`, and the packages that come in beyond it."""
     results = [
-        json.loads(subprocess.run([sys.executable, "-c", PROBE.format(module=module)], capture_output=True, check=True, text=True).stdout)
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", PROBE.format(module=module)], capture_output=True, check=True, text=True
+            ).stdout
+        )
         for _ in range(runs)
     ]
     return statistics.median(r["seconds"] for r in results), results[0]["packages"]

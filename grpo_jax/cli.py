@@ -151,7 +151,9 @@ def sample(options: argparse.Namespace) -> int:
     if options.json:
         for i, text in enumerate(texts):
             ids = rows.completions[i, : rows.lengths[i]].tolist()
-            print(json.dumps({"completion": text, "tokens": ids, "logps": logps[i], "finished": bool(rows.finished[i])}))
+            print(
+                json.dumps({"completion": text, "tokens": ids, "logps": logps[i], "finished": bool(rows.finished[i])})
+            )
         return 0
     from grpo_jax.training.progress import table
 
@@ -161,7 +163,9 @@ def sample(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     if Path(options.path).exists():
-        raise FileExistsError(f"{options.path} is there already, and an export overwrites nothing: name a new directory")
+        raise FileExistsError(
+            f"{options.path} is there already, and an export overwrites nothing: name a new directory"
+        )
     experiment = _open(options.run_directory, options.step)
     experiment.export(options.path)
     print(f"{options.path}: load it with transformers.AutoModelForCausalLM.from_pretrained")

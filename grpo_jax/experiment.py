@@ -13,18 +13,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax import data, methods, models, rewards
+from grpo_jax import methods, models, rewards
+from grpo_jax.advantages import group_z_score
 from grpo_jax.rewards.extraction import marked_answer
 from grpo_jax.training import assemble, metrics, progress
 from grpo_jax.training.checkpoints import Checkpoints
 from grpo_jax.training.configuration import Config, load_config, parse, to_yaml
 from grpo_jax.training.evaluation import Evaluation, evaluate_prompts
-from grpo_jax.training.inspection import describe_batch
 from grpo_jax.training.loop import Run, fold, iterate
 from grpo_jax.training.optimizer import optimizer as make_optimizer
-from grpo_jax.training.report import report
+from grpo_jax.training.recording import Recorder
+from grpo_jax.training.report import figure, report
 from grpo_jax.training.step import Policy, begin
-from grpo_jax.types import Batch, Method, Prompt, Request, Rollout, State
+from grpo_jax.types import Method, Prompt, Request, Rollout, State
 
 CONFIG_FILE = "config.yaml"
 GROUPS_KEPT = 100  # sampled groups that a run writes down, evenly over its steps
@@ -60,7 +61,9 @@ class Experiment:
         )
         self.model = assemble.open_model(config)
         source = assemble.sources(config, prompts)
-        self.pool = assemble.open_pool(config, source.train, self.model.tokenizer, split=config.data.split, shuffle=config.data.shuffle)
+        self.pool = assemble.open_pool(
+            config, source.train, self.model.tokenizer, split=config.data.split, shuffle=config.data.shuffle
+        )
         self.held_out = self._held_out(source.held_out)
         self.demonstrations = source.demonstrations
         functions = [rewards.resolve(r.model_dump(exclude_none=True)) for r in config.rewards]
@@ -117,9 +120,7 @@ class Experiment:
             if self.run is None:
                 params = self._warm_up(writer, console)
                 self.begin(params)
-            with _StopSignal() as stop, progress.Progress(
-                steps, "training", start=first, enabled=console
-            ) as bar:
+            with _StopSignal() as stop, progress.Progress(steps, "training", start=first, enabled=console) as bar:
                 self._loop(steps, writer, bar, stop)
         self._finish(say, steps)
         return self.evaluations.get(self.run.state.step, self.numbers)
@@ -141,15 +142,18 @@ class Experiment:
             state=self.method.init(self.pool),
             seed=config.seed,
             updates=config.training.updates,
-            log=self._record,
         )
         return self.run
 
     def resume(self, step: int | None = None) -> bool:
         """Continue from a checkpoint (default: the newest). Parameters, optimiser, method state and the pool's position."""
         step = self.checkpoints.latest() if step is None else step
+        if step is None:
+            raise FileNotFoundError(f"there is no checkpoint in {self.checkpoints.directory} to resume from")
         run = self.begin()
-        arrays, host = self.checkpoints.restore(step, {"policies": run.policies, "arrays": run.state.arrays})
+        like = jax.tree.map(_abstract, {"policies": run.policies, "arrays": run.state.arrays})
+        run.policies.clear()  # not held twice while the saved ones are read
+        arrays, host = self.checkpoints.restore(step, like)
         if host["seed"] != self.config.seed:
             raise ValueError(
                 f"the checkpoints in {self.directory} are of seed {host['seed']}, the configuration says {self.config.seed}: "
@@ -174,17 +178,32 @@ class Experiment:
             "evaluations": {str(k): v for k, v in self.evaluations.items()},
         }
         score = self.evaluations.get(run.state.step, {}).get("pass@1")
-        self.checkpoints.save(run.state.step, {"policies": run.policies, "arrays": run.state.arrays}, host, metric=score)
+        self.checkpoints.save(
+            run.state.step, {"policies": run.policies, "arrays": run.state.arrays}, host, metric=score
+        )
 
     def _loop(self, steps: int, writer: metrics.Metrics, bar: progress.Progress, stop: _StopSignal) -> None:
         run, config = self.run, self.config
         every, first = max(1, steps // GROUPS_KEPT), run.state.step
+        run.log = recorder = Recorder(
+            writer=writer,
+            note=bar.note,
+            clock=run.clock,
+            compiled=self.compiled,
+            truncated_limit=config.training.truncated_limit,
+            prompt=self.pool.__getitem__,
+            decode=self.model.tokenizer.decode,
+        )
         run.clock.lap()
         self.compiled.lap()
         while True:
             step = run.state.step
             done = step >= steps or stop.asked
-            if self.held_out and step not in self.evaluations and (step == 0 or done or _due(step, config.evaluation.every)):
+            if (
+                self.held_out
+                and step not in self.evaluations
+                and (step == 0 or done or _due(step, config.evaluation.every))
+            ):
                 with run.clock("evaluate"):
                     evaluation = self.evaluate()
                 self.evaluations[step] = evaluation.numbers
@@ -198,12 +217,12 @@ class Experiment:
                 return
             position = self.pool.state()
             try:
-                self.batches: list[tuple[Batch, list[dict]]] = []
                 iterate(run)
             except BaseException as error:
                 self._rescue(step, position, error)
                 raise
-            self._log_step(step, writer, bar, groups=step % every == 0, settled=step > first + 1)
+            rate, failures = float(self.schedule(step * run.updates)), self.verify.take_failures()
+            self.numbers = recorder.write(step, rate, failures, groups=step % every == 0, settled=step > first + 1)
             bar.update(step + 1, **self.numbers)
 
     def _rescue(self, step: int, position: Mapping[str, Any], error: BaseException) -> None:
@@ -211,44 +230,9 @@ class Experiment:
         if alive and self.run.state.step == step:
             self.save(pool=position)
             self.checkpoints.wait()
-            error.add_note(f"The state after step {step} is saved in {self.checkpoints.directory}; the same command goes on from it.")
-
-    def _record(self, batch: Batch, reports: list[dict[str, Any]]) -> None:
-        self.batches.append((batch, reports))
-
-    def _log_step(self, step: int, writer: metrics.Metrics, bar: progress.Progress, *, groups: bool, settled: bool) -> None:
-        numbers: dict[str, float] = {}
-        for batch, reports in self.batches:
-            described, named = describe_batch(batch)
-            prefix = "" if batch.role == "policy" else f"{batch.role}/"
-            means = {k: float(np.mean([r[k] for r in reports if k in r])) for k in {k for r in reports for k in r}}
-            numbers |= {prefix + k: v for k, v in (described | means).items()}
-            if described.get("no_signal") == 1.0:
-                bar.note(f"step {step}: no group carries a signal (all completions of each prompt score alike)")
-            if described["truncated"] > self.config.training.truncated_limit:
-                bar.note(f"step {step}: {described['truncated']:.0%} of the completions were cut off at sampling.max_new")
-            if groups and not prefix:
-                writer.samples(step, [self._sampled_group(batch)])
-        if not self.batches:
-            bar.note(f"step {step}: the method trained on nothing")
-        for failure in self.verify.failures:
-            bar.note(f"step {step}: {failure}")
-        self.verify.failures.clear()
-        compiled = self.compiled.lap()
-        if settled and compiled.count:
-            names = ", ".join(compiled.names)
-            bar.note(f"step {step}: recompiled {names} in {compiled.seconds:.1f} s, for new shapes")
-        times = self.run.clock.lap()
-        sampled, trained = numbers.get("length_mean", 0) * numbers.get("rows", 0), times.get("seconds/update", 0)
-        numbers |= times | metrics.memory()
-        numbers["learning_rate"] = float(self.schedule(step * self.config.training.updates))
-        numbers["compilations"] = float(compiled.count)
-        if times.get("seconds/sample"):
-            numbers["tokens_sampled_per_s"] = sampled / times["seconds/sample"]
-        if trained:
-            numbers["tokens_trained_per_s"] = sampled / trained
-        writer.log(step, numbers)
-        self.numbers = numbers
+            error.add_note(
+                f"The state after step {step} is saved in {self.checkpoints.directory}; the same command goes on from it."
+            )
 
     # ---- looking at it ---------------------------------------------------------------------------------------------
 
@@ -272,7 +256,14 @@ class Experiment:
             step=self.run.state.step if self.run else 0,
         )
 
-    def sample(self, prompt: Prompt | str | Sequence[Mapping[str, str]], *, count: int | None = None, seed: int = 0, **options: Any) -> Rollout:
+    def sample(
+        self,
+        prompt: Prompt | str | Sequence[Mapping[str, str]],
+        *,
+        count: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Rollout:
         """A group of completions of the current policy; `language.text(rollout)` is their text."""
         prompt = prompt if isinstance(prompt, Prompt) else Prompt(0, prompt)
         temperature = options.pop("temperature", None)
@@ -285,15 +276,13 @@ class Experiment:
         rows = self.sample(prompt)
         texts = self.domain.text(rows)
         rows = self.verify([prompt] * len(rows), rows, texts, self.run.state.step if self.run else 0)
-        from grpo_jax.advantages import group_z_score
-
         advantages = np.asarray(group_z_score(rows.score(), rows.group_ids))
-        progress.group_table(prompt.text, texts, {c: rows.score(c).tolist() for c in rows.channels}, advantages.tolist())
+        progress.group_table(
+            prompt.text, texts, {c: rows.score(c).tolist() for c in rows.channels}, advantages.tolist()
+        )
 
     def plot(self) -> Any:
         """The run's curves, as a matplotlib figure."""
-        from grpo_jax.training.report import figure
-
         return figure(self.directory)
 
     def export(self, path: str | os.PathLike) -> None:
@@ -313,21 +302,6 @@ class Experiment:
     def _params(self) -> dict[str, Any]:
         return self.run.params if self.run else {"policy": self.model.params}
 
-    def _sampled_group(self, batch: Batch) -> dict[str, Any]:
-        names = ("group_ids", "prompt_ids", "completions", "lengths", "scores", "advantages")
-        group_ids, prompt_ids, completions, lengths, scores, advantages = jax.device_get([getattr(batch, n) for n in names])
-        spread = [g for g in np.unique(group_ids[group_ids >= 0]) if np.ptp(np.nan_to_num(scores[group_ids == g]), axis=0).any()]
-        rows = np.flatnonzero(group_ids == (spread[0] if spread else max(group_ids.min(), 0)))
-        prompt = self.pool[int(prompt_ids[rows[0]])]
-        return {
-            "prompt": prompt.text,
-            "prompt_id": prompt.id,
-            "completions": [self.model.tokenizer.decode(completions[r][: lengths[r]]) for r in rows],
-            "rewards": {c: scores[rows, k].tolist() for k, c in enumerate(batch.channels)},
-            "advantages": advantages[rows, 0].tolist(),
-            "lengths": lengths[rows].tolist(),
-        }
-
     # ---- beginning and end -----------------------------------------------------------------------------------------
 
     def _warm_up(self, writer: metrics.Metrics, console: bool) -> Any:
@@ -344,12 +318,16 @@ class Experiment:
             method=method,
             domain=self.domain,
             pool=pool,
-            verify=lambda prompts, rows, texts, step: rows.replace(channels=("none",), scores=np.ones((len(rows), 1), np.float32)),
+            verify=lambda prompts, rows, texts, step: rows.replace(
+                channels=("none",), scores=np.ones((len(rows), 1), np.float32)
+            ),
             optimizer=transform,
             mesh=self.model.mesh,
             layout=assemble.layout_of(self.config, self.model.mesh, group_size=1, prompts=section.prompts)
             if self.config.training.updates == 1
-            else assemble.layout_of(self.config, self.model.mesh, group_size=1, prompts=section.prompts * self.config.training.updates),
+            else assemble.layout_of(
+                self.config, self.model.mesh, group_size=1, prompts=section.prompts * self.config.training.updates
+            ),
             policies={"policy": begin(params, transform, self.model.mesh)},
             state=method.init(pool),
             seed=self.config.seed,
@@ -387,7 +365,8 @@ class Experiment:
             return
         before = load_config(self.directory / CONFIG_FILE)
         changed = [
-            key for key in ("model", "data", "method", "batch", "sampling", "optimizer", "training", "seed")
+            key
+            for key in ("model", "data", "method", "batch", "sampling", "optimizer", "training", "seed")
             if getattr(before, key) != getattr(self.config, key)
         ]
         if changed:
@@ -420,6 +399,10 @@ class Experiment:
             print(f"curves      {png}\nreport      {html}\ncheckpoint  {self.checkpoints.directory}/{run.state.step}")
         if run.state.step < steps:
             say(f"stopped at step {run.state.step} of {steps}; the same command goes on from there")
+
+
+def _abstract(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
 def _due(step: int, every: int) -> bool:

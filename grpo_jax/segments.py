@@ -73,7 +73,7 @@ def z_score(
 
     Exactly 0 for a segment of one row or of equal values, for rows outside, and for rows left out by `where`.
     """
-    centered = values - mean(values, ids, where)
+    centered = jnp.where(_inside(ids, where), values, 0) - mean(values, ids, where)
     if inside_root:
         scale = jnp.sqrt(variance(values, ids, where, ddof=ddof) + epsilon)
     else:
@@ -201,7 +201,7 @@ def _back(per_segment: Values, ids: Ids, outside: float) -> Values:
 
 
 def _sorted(values: Values, ids: Ids, inside: Bool[Array, "N"]) -> tuple[Ids, Ids, Ids]:
-    """Rows ordered by (segment, value, row), those outside last; for each place the start and the size of its segment."""
+    """Rows by (segment, value, row), those outside last; for each place where its segment starts; sizes by id."""
     n = ids.shape[0]
     slot = jnp.where(inside, ids, n)
     order = jnp.lexsort((jnp.where(inside, values, 0), slot))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ Message = Mapping[str, str]
 T = TypeVar("T")
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def _pytree(*static: str) -> Callable[[type[T]], type[T]]:
     """Make a class a frozen dataclass and a pytree; the named fields are static."""
 
@@ -49,7 +50,7 @@ class Contexts(_Replace):
     """What completions are conditioned on, each stored once."""
 
     tokens: Int[Array, "C P"]
-    lengths: Int[Array, "C"]  # 0 = padding
+    lengths: Int[Array, " C"]  # 0 = padding
     extras: dict[str, Array] = dataclasses.field(default_factory=dict)  # [C, ...]: pixels, past frames, start latents
 
 
@@ -71,20 +72,20 @@ class Rollout(_Replace):
     """
 
     contexts: Contexts
-    sampled_under: Int[Array, "N"]  # the context it was drawn under
-    trained_under: Int[Array, "N"]  # the context of the gradient and of the reference
+    sampled_under: Int[Array, " N"]  # the context it was drawn under
+    trained_under: Int[Array, " N"]  # the context of the gradient and of the reference
     completions: Int[Array, "N T"]
-    lengths: Int[Array, "N"]  # stop token included
+    lengths: Int[Array, " N"]  # stop token included
     completion_mask: Bool[Array, "N T"]
     behavior_logps: Float[Array, "N T"]  # under the distribution really drawn from; NaN where nothing was drawn
     sampler_logps: Float[Array, "N T"]  # the untruncated policy at `temperature`, for every existing decision
-    finished: Bool[Array, "N"]  # ended by a stop, not by its budget
-    temperature: Float[Array, "N"]  # old, new and reference are taken at it (1 for given and greedy rows)
-    prompt_ids: Int[Array, "N"]  # row number in the dataset; -1 = padding row
-    index: Int[Array, "N"]  # running number per (role, prompt) within the step
-    group_ids: Int[Array, "N"]  # who is compared with whom, in [0, N); -1 = nobody
-    weights: Float[Array, "N"]
-    update_ids: Int[Array, "N"]  # which optimiser step, ascending; -1 = the trainer deals whole groups
+    finished: Bool[Array, " N"]  # ended by a stop, not by its budget
+    temperature: Float[Array, " N"]  # old, new and reference are taken at it (1 for given and greedy rows)
+    prompt_ids: Int[Array, " N"]  # row number in the dataset; -1 = padding row
+    index: Int[Array, " N"]  # running number per (role, prompt) within the step
+    group_ids: Int[Array, " N"]  # who is compared with whom, in [0, N); -1 = nobody
+    weights: Float[Array, " N"]
+    update_ids: Int[Array, " N"]  # which optimiser step, ascending; -1 = the trainer deals whole groups
     unit_ids: Int[Array, "N T"] | None = None  # which decisions share a ratio; None = each its own
     scores: Float[Array, "N K"]  # what the reward functions said; NaN = does not apply; K = 0: not asked yet
     columns: dict[str, Array] = dataclasses.field(default_factory=dict)  # numeric dataset columns, labels, spans
@@ -101,7 +102,7 @@ class Rollout(_Replace):
         return jnp.arange(self.completions.shape[1]) < self.lengths[:, None]
 
     @property
-    def injected(self) -> Bool[Array, "N"]:
+    def injected(self) -> Bool[Array, " N"]:
         """Rows in which no trained decision was drawn by the policy."""
         return ~jnp.any(self.completion_mask & ~jnp.isnan(self.behavior_logps), axis=1)
 
@@ -116,8 +117,10 @@ class Rollout(_Replace):
         return np.asarray(self.scores)[:, self.channels.index(channel)]
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Rollout:
-        """The rows of that order. Group ids are renumbered from 0; contexts that no row points to are dropped."""
-        rows = np.asarray(rows, np.int64)
+        """The rows of that order, or where a mask is True. Group ids are renumbered from 0; contexts that no row points
+        to are dropped."""
+        rows = np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
         used, under = np.unique(
             np.concatenate([self.sampled_under[rows], self.trained_under[rows]]), return_inverse=True
         )
@@ -151,15 +154,22 @@ class Rollout(_Replace):
         return self.take(np.flatnonzero(np.asarray(self.prompt_ids) == wanted))
 
     def with_columns(self, **columns: Any) -> Rollout:
-        """Add columns: an array [N, ...], one value for all rows, or a dict from prompt id to value."""
+        """Add columns: an array [N, ...], one number for all rows, or a dict from prompt id to value.
 
-        def spread(value: Any) -> np.ndarray:
+        Raises: ValueError for an array of another length, or a dict that lacks one of the prompts.
+        """
+
+        def spread(name: str, value: Any) -> np.ndarray:
             if isinstance(value, Mapping):
-                value = [value[int(p)] for p in np.asarray(self.prompt_ids)]
+                if missing := sorted({int(p) for p in self.prompt_ids} - set(value)):
+                    raise ValueError(f"column {name!r} has no value for the prompts {missing}")
+                value = [value[int(p)] for p in self.prompt_ids]
             value = np.asarray(value)
-            return value if value.ndim and len(value) == len(self) else np.full((len(self),), value)
+            if value.ndim and len(value) != len(self):
+                raise ValueError(f"column {name!r} needs one value for each of {len(self)} rows, got {len(value)}")
+            return value if value.ndim else np.full(len(self), value)
 
-        return self.replace(columns={**self.columns, **{k: spread(v) for k, v in columns.items()}})
+        return self.replace(columns={**self.columns, **{k: spread(k, v) for k, v in columns.items()}})
 
 
 @_pytree("role", "channels", "channel_weights")
@@ -186,59 +196,68 @@ def concat(*rollouts: Rollout) -> Rollout:
     """Rows of several rollouts of one role as one. Groups stay apart (`regroup` joins them); equal contexts are stored
     once; the decision axis and the context axis are padded to the longest. Host only.
 
-    Raises: ValueError if there are none, or if their roles, channels or columns differ.
+    Raises: ValueError if there are none, or if their roles, channels or columns differ; TypeError for a Batch.
     """
     if not rollouts:
         raise ValueError("concat needs at least one rollout, got none")
+    if any(isinstance(r, Batch) for r in rollouts):
+        raise TypeError("concat joins rollouts before they become batches, got a Batch")
     first = rollouts[0]
     for other in rollouts[1:]:
         for what in ("role", "channels"):
             if getattr(other, what) != getattr(first, what):
-                raise ValueError(
-                    f"concat needs rollouts of the same {what}, got {getattr(first, what)!r} and {getattr(other, what)!r}"
-                )
+                given = f"{getattr(first, what)!r} and {getattr(other, what)!r}"
+                raise ValueError(f"concat needs rollouts of the same {what}, got {given}")
         if other.columns.keys() != first.columns.keys():
-            raise ValueError(
-                f"concat needs the same columns, got {sorted(first.columns)} and {sorted(other.columns)}"
-            )
+            raise ValueError(f"concat needs the same columns, got {sorted(first.columns)} and {sorted(other.columns)}")
     width = max(r.completions.shape[1] for r in rollouts)
 
-    def joined(name: str, fill: Any = 0, per_decision: bool = False) -> np.ndarray:
-        parts = [np.asarray(getattr(r, name)) for r in rollouts]
-        if per_decision:
-            parts = [_pad_axis(p, 1, width, fill) for p in parts]
-        return np.concatenate(parts)
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([np.asarray(getattr(r, name)) for r in rollouts])
+
+    def widened(parts: Sequence[Any], fill: Any = 0) -> np.ndarray:
+        return np.concatenate([_pad_axis(np.asarray(p), 1, width, fill) for p in parts])
+
+    def column(name: str) -> np.ndarray:
+        parts = [np.asarray(r.columns[name]) for r in rollouts]
+        per_decision = all(p.shape[1:2] == r.completions.shape[1:2] for p, r in zip(parts, rollouts))
+        return widened(parts) if per_decision else np.concatenate(parts)
 
     contexts, (sampled, trained) = _join_contexts(rollouts)
     offsets = np.cumsum([0] + [len(r) for r in rollouts[:-1]])
     groups = [np.where(np.asarray(r.group_ids) < 0, -1, np.asarray(r.group_ids) + o) for r, o in zip(rollouts, offsets)]
     units = None
     if any(r.unit_ids is not None for r in rollouts):
-        own = [np.broadcast_to(np.arange(width, dtype=np.int32), (len(r), width)) for r in rollouts]
-        units = np.concatenate(
-            [o if r.unit_ids is None else _pad_axis(np.asarray(r.unit_ids), 1, width, -1) for r, o in zip(rollouts, own)]
-        )
+        own = np.arange(width, dtype=np.int32)
+        parts = [np.broadcast_to(own, (len(r), width)) if r.unit_ids is None else r.unit_ids for r in rollouts]
+        units = widened(parts, -1)
+    names = ("lengths", "finished", "temperature", "prompt_ids", "index", "weights", "update_ids", "scores")
     return first.replace(
         contexts=contexts,
         sampled_under=sampled,
         trained_under=trained,
-        completions=joined("completions", 0, True),
-        completion_mask=joined("completion_mask", False, True),
-        behavior_logps=joined("behavior_logps", np.nan, True),
-        sampler_logps=joined("sampler_logps", 0.0, True),
+        completions=widened([r.completions for r in rollouts]),
+        completion_mask=widened([r.completion_mask for r in rollouts], False),
+        behavior_logps=widened([r.behavior_logps for r in rollouts], np.nan),
+        sampler_logps=widened([r.sampler_logps for r in rollouts]),
         group_ids=renumber(np.concatenate(groups)),
         unit_ids=units,
-        columns={k: np.concatenate([np.asarray(r.columns[k]) for r in rollouts]) for k in first.columns},
-        **{
-            name: joined(name)
-            for name in ("lengths", "finished", "temperature", "prompt_ids", "index", "weights", "update_ids", "scores")
-        },
+        columns={name: column(name) for name in first.columns},
+        **{name: joined(name) for name in names},
     )
 
 
 def regroup(rollout: Rollout, *, by: str = "prompt_ids") -> Rollout:
-    """Compare all rows with the same value of a field or column with each other. Host only."""
-    ids = rollout.columns[by] if by in rollout.columns else getattr(rollout, by)
+    """Compare all rows with the same value of a field or column with each other. Host only.
+
+    Raises: ValueError if there is no field or column [N] of that name.
+    """
+    ids = rollout.columns[by] if by in rollout.columns else getattr(rollout, by, None)
+    if np.shape(ids) != (len(rollout),):
+        raise ValueError(
+            f"regroup needs a field or column with one value per row, and {by!r} is none; "
+            f"columns: {sorted(rollout.columns)}"
+        )
     return rollout.replace(group_ids=renumber(np.unique(np.asarray(ids), return_inverse=True)[1]))
 
 
@@ -258,9 +277,11 @@ def _join_contexts(rollouts: Sequence[Rollout]) -> tuple[Contexts, tuple[np.ndar
         np.concatenate([np.asarray(getattr(r, name)) + o for r, o in zip(rollouts, offsets)])
         for name in ("sampled_under", "trained_under")
     )
-    extras = {k: np.concatenate([np.asarray(r.contexts.extras[k]) for r in rollouts]) for k in rollouts[0].contexts.extras}
-    if extras:  # contexts with more than tokens are not compared
-        return Contexts(tokens=tokens, lengths=lengths, extras=extras), (sampled.astype(np.int32), trained.astype(np.int32))
+    names = rollouts[0].contexts.extras
+    if names:  # contexts with more than tokens are not compared
+        extras = {k: np.concatenate([np.asarray(r.contexts.extras[k]) for r in rollouts]) for k in names}
+        contexts = Contexts(tokens=tokens, lengths=lengths, extras=extras)
+        return contexts, (sampled.astype(np.int32), trained.astype(np.int32))
     keyed = np.concatenate([lengths[:, None], np.where(np.arange(width) < lengths[:, None], tokens, 0)], axis=1)
     _, first, inverse = np.unique(keyed, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -290,8 +311,9 @@ class Request:
 
     `context` is what they are sampled under (default: the prompt), `train_context` what they are trained under
     (default: `context`). `prefix` holds decisions that are already there, with their behaviour log-probs (NaN = given,
-    not drawn); given decisions are trained only with `train_given`. `max_new` is how many are drawn after them (None:
-    the configured budget; 0: nothing, the row is only injected or scored).
+    not drawn), or, as text, given ones; given decisions are trained only with `train_given`. `max_new` is how many are
+    drawn after them (None: the configured budget; 0: nothing, the row is only injected or scored, and a text prefix
+    is whole: the first stop token follows it). `temperature` None: the configured one; 1 where nothing was drawn.
     """
 
     prompt: Prompt
@@ -299,7 +321,7 @@ class Request:
     role: str = "policy"
     context: str | Sequence[Message] | np.ndarray | None = None
     train_context: str | Sequence[Message] | np.ndarray | None = None
-    prefix: tuple[np.ndarray, np.ndarray] | None = None
+    prefix: str | tuple[np.ndarray, np.ndarray] | None = None
     train_given: bool = False
     max_new: int | None = None
     temperature: float | None = None
@@ -344,8 +366,10 @@ class Method(NamedTuple):
     select: Callable[..., list[Prompt]]  # (state, pool, n, key): host; which prompts next
     plan: Callable[..., Plan]  # (state, draw, key): host, every process the same; draw(state, n) gives prompts
     reward: Callable[..., Array]  # (batch, arrays, key) -> rewards [N, K]; jit, global
-    advantage: Callable[..., tuple[Batch, PyTree]]  # (batch, arrays, key): jit, global; may edit weights, groups, masks, units
-    objective: Callable[..., tuple[Array, dict[str, Array]]]  # (new, batch, arrays) -> loss [N, T] or [], metrics [N, T]; jit, under grad
+    # (batch, arrays, key): jit, global; may edit weights, groups, masks, units
+    advantage: Callable[..., tuple[Batch, PyTree]]
+    # (new, batch, arrays) -> loss [N, T] or [], metrics [N, T]; jit, under grad
+    objective: Callable[..., tuple[Array, dict[str, Array]]]
     aggregate: Callable[[Batch], Array]  # (batch) -> weights [N, T]; jit, data only, over one mini-batch
     roles: Mapping[str, Role] = {}
     rewards: tuple[RewardFn, ...] = ()

@@ -13,9 +13,9 @@ def addition(
     """All problems "a+b=" with 0 <= a, b <= largest and a + b <= largest_sum, split into training and held-out ones.
 
     The split and both orders are functions of `seed`. a+b and b+a fall on the same side, so that no held-out problem
-    is a training problem the other way round.
+    is a training problem the other way round (and `held_out` may come out one short where only pairs are left).
     Returns: (train, held_out), rows with columns "prompt" ("23+45=") and "answer" ("68").
-    Raises: ValueError if fewer than one training problem would be left.
+    Raises: ValueError if no training problem would be left.
     """
     pairs = [(a, b) for a in range(largest + 1) for b in range(a, largest + 1) if a + b <= largest_sum]
     total = sum(1 + (a != b) for a, b in pairs)
@@ -25,7 +25,8 @@ def addition(
             f"expected 0 to {total - 1}"
         )
     rng = np.random.default_rng(seed)
-    train, test = [], []
+    train: list[tuple[int, int]] = []
+    test: list[tuple[int, int]] = []
     for i in rng.permutation(len(pairs)):
         a, b = pairs[i]
         both = [(a, b)] if a == b else [(a, b), (b, a)]

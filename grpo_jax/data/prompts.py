@@ -55,7 +55,7 @@ class Pool:
             raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
         if max_prompt is not None and max_prompt < 1:
             raise ValueError(f"max_prompt is a number of tokens from 1, got {max_prompt}")
-        fields = None if template is None else _fields(template)
+        fields = [] if template is None else _fields(template)
         prompts = _prompts(read_rows(source, split=split), template, fields, prompt_column)
         if not prompts:
             raise ValueError(f"there are no rows in {_name(source)}")
@@ -194,7 +194,11 @@ class Pool:
         return checksum
 
     def _order(self, epoch: int) -> ndarray:
-        """Places of the epoch's prompts, a function of (seed, epoch)."""
+        """Places of the epoch's prompts, a function of (seed, epoch).
+
+        Grain's own shuffle looks up one place at a time, at 10 ms each among five prompts and 0.3 ms among a hundred, and
+        its orders of few prompts are far from uniform; a dataset of Grain may still be a pool's source.
+        """
         if not self.shuffle:
             return np.arange(len(self))
         if self._drawn is None or self._drawn[0] != epoch:
@@ -205,13 +209,16 @@ class Pool:
 
 
 def _prompts(
-    rows: Iterator[Row], template: str | Sequence[Message] | None, fields: list[str] | None, prompt_column: str
+    rows: Iterator[Row], template: str | Sequence[Message] | None, fields: list[str], prompt_column: str
 ) -> list[Prompt]:
     """One prompt per row. Raises: ValueError with the places of the bad rows."""
-    prompts, problems, names = [], [], {}
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    names: dict[str, None] = {}
+    text: Any
     for id, (place, columns, problem) in enumerate(rows):
         if problem is None:
-            if fields is None:
+            if template is None:
                 text, problem = columns.get(prompt_column), _missing(columns, prompt_column)
                 columns = {name: value for name, value in columns.items() if name != prompt_column}
             else:

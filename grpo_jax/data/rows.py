@@ -46,6 +46,8 @@ def read_rows(source: Any, *, split: str | None = None) -> Iterator[Row]:
         )
     if split is not None:
         raise ValueError(f"split={split!r} chooses among files or named datasets, but the prompts are in memory")
+    if len(source) >= 2**40:
+        raise ValueError("the source is endless: leave out repeat(), a pool goes through its epochs by itself")
     return _in_memory(source, "prompts")
 
 
@@ -61,7 +63,7 @@ def _named(source: str | PathLike, split: str | None) -> Iterator[Row]:
             raise FileNotFoundError(f"directory {name!r} holds no {' or '.join(SUFFIXES)} file and no saved dataset")
         return _files(files, split)
     hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?", name)
-    if not hub or path.suffix in SUFFIXES or name.startswith(".") or ("/" in name and path.parent.is_dir()):
+    if not hub or path.suffix in SUFFIXES or name.startswith("."):
         raise FileNotFoundError(f"no such file or directory: {name!r}")
     library = _datasets(name)
     try:

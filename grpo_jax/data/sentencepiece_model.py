@@ -36,7 +36,9 @@ class SentencePieceTokenizer:
         try:
             self.processor = SentencePieceProcessor(model_proto=self.path.read_bytes())
         except RuntimeError as error:
-            raise ValueError(f"{str(path)!r} is not a SentencePiece model: {error}") from error
+            raise ValueError(
+                f"{str(path)!r} is not a SentencePiece model ({error}); for files of transformers give their directory"
+            ) from error
         pieces = self.processor
         self.vocab_size = pieces.vocab_size()
         ends = [pieces.eos_id(), *(pieces.piece_to_id(piece) for piece in TURN_ENDS)]
@@ -77,9 +79,9 @@ class SentencePieceTokenizer:
                 )
 
     def _spec(self) -> Any:
-        from sentencepiece import sentencepiece_model_pb2
+        from sentencepiece import sentencepiece_model_pb2 as messages
 
-        spec = sentencepiece_model_pb2.ModelProto()
+        spec = messages.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it at run time
         spec.ParseFromString(self.path.read_bytes())
         return spec
 
@@ -99,8 +101,8 @@ def _backend(spec: Any, *, bos: int | None) -> Any:
 
     trainer, rules = spec.trainer_spec, spec.normalizer_spec
     if trainer.model_type == UNIGRAM:
-        vocab = [(piece.piece, piece.score) for piece in spec.pieces]
-        backend = Tokenizer(models.Unigram(vocab, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
+        scores = [(piece.piece, piece.score) for piece in spec.pieces]
+        backend = Tokenizer(models.Unigram(scores, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
     elif trainer.model_type == BPE:
         vocab = {piece.piece: i for i, piece in enumerate(spec.pieces)}
         options = {
@@ -113,7 +115,9 @@ def _backend(spec: Any, *, bos: int | None) -> Any:
     else:
         raise ValueError("only unigram and BPE SentencePiece models can be saved for transformers")
 
-    steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    steps: list[Any] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if rules.add_dummy_prefix:

@@ -77,7 +77,7 @@ def load_tokenizer(path: str | PathLike) -> Tokenizer:
             f"no tokenizer in directory {name!r}: expected one of {', '.join(TOKENIZER_FILES)}, or one SentencePiece "
             f".model file"
         )
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or (place.parent.is_dir() and "/" in name):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise FileNotFoundError(
             f"no tokenizer at {name!r}: expected a directory, a SentencePiece .model file, a hub name such as "
             f"'Qwen/Qwen2.5-0.5B', or 'bytes'"
@@ -158,7 +158,7 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int] | Int[ndarray, " T"]) -> str:
         kept = [i for i in np.asarray(ids, np.int64).tolist() if 0 <= i < self.vocab_size and i not in self._silent]
-        return self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 
     def save(self, path: str | PathLike) -> None:
         self.tokenizer.save_pretrained(str(path))
@@ -170,12 +170,13 @@ class HuggingFaceTokenizer:
         prefilled = messages[-1]["role"] == "assistant"
         name = self.tokenizer.name_or_path
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=not prefilled,
                 continue_final_message=prefilled,
             )
+            return str(text)
         except Exception as error:  # a template is a program: it raises whatever it likes
             roles = [message["role"] for message in messages]
             raise ValueError(
@@ -195,7 +196,7 @@ class HuggingFaceTokenizer:
             raise
         except Exception:  # a template for other roles: the stop ids of the files have to do
             return []
-        tail = self.encode(text.rpartition(answer)[2]).tolist()[:1]
+        tail = self.encode(str(text).rpartition(answer)[2]).tolist()[:1]
         return [token for token in tail if token in self.tokenizer.added_tokens_decoder]
 
 

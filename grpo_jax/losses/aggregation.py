@@ -52,8 +52,7 @@ def fixed_length(weights: Float[Array, "N"], mask: Bool[Array, "N T"], *, length
 
 def weighted_sum(losses: Float[Array, "N T"], weights: Float[Array, "N T"]) -> Float[Array, ""]:
     """sum_it w_it l_it over w_it > 0. What has no weight, NaN included, reaches neither value nor gradient."""
-    counts = weights > 0
-    return jnp.sum(jnp.where(counts, weights * jnp.where(counts, losses, 0).astype(jnp.float32), 0))
+    return jnp.sum(jnp.where(weights > 0, weights * jnp.asarray(losses).astype(jnp.float32), 0))
 
 
 def without_truncated(mask: Bool[Array, "N T"], finished: Bool[Array, "N"]) -> Bool[Array, "N T"]:

@@ -22,7 +22,7 @@ def names() -> list[str]:
 def resolve(name: str, *, options: Mapping[str, Any], settings: Mapping[str, Any]) -> Method:
     """The method of that name, made with its options.
 
-    name: a published method (a file of this folder) or path/to/file.py:function. options: what the user chose; every one
+    name: a published method (a file of this folder) or path/to/file.py:function. options: what the user chose; each
     must be an option of the method. settings: what the run knows (prompts, group_size, max_new), passed where wanted.
     Raises: ValueError naming the nearest valid method or option.
     """
@@ -31,15 +31,16 @@ def resolve(name: str, *, options: Mapping[str, Any], settings: Mapping[str, Any
     known = {k for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # the rest goes to plain GRPO
         known |= set(inspect.signature(_factory("grpo")).parameters)
+    known -= {"aggregate", *settings}  # a function, for Python only; and what the run itself decides
     unknown = sorted(set(options) - known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known - set(settings), 1)
+        near = difflib.get_close_matches(unknown[0], known, 1)
         raise ValueError(
             f"method {name!r} has no option {unknown[0]!r}"
             + (f"; did you mean {near[0]!r}?" if near else "")
-            + f" Its options are {sorted(known - set(settings) - {'aggregate'})}"
+            + f" Its options are {sorted(known)}"
         )
-    wanted = {k: v for k, v in settings.items() if k in parameters and k not in options}
+    wanted = {k: v for k, v in settings.items() if k in parameters}
     return factory(**wanted, **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax import advantages
 from grpo_jax.methods.grpo import grpo
@@ -26,15 +27,18 @@ def dapo(
     After `max_rounds` rounds the step trains on the groups that it has.
 
     max_new: the generation budget in tokens (taken from `sampling.max_new`); buffer: 0 = no punishment.
+    Raises: ValueError for a buffer that is longer than the budget.
     Source: Yu et al. 2025 (arXiv:2503.14476), eq. 8, 11 and 13.
     """
+    if not 0 <= buffer <= max_new:
+        raise ValueError(f"dapo punishes the last `buffer` tokens of max_new {max_new}, got buffer {buffer}")
 
     def plan(state, draw, key):
         kept = []
         for _ in range(max_rounds):
             rows = yield [Request(p, count=group_size) for p in draw(state, prompts)]
             rows = yield rows
-            kept += [g for g in rows.groups() if g.score().std() > 0]
+            kept += [g for g in rows.groups() if np.ptp(g.score()) > 0]
             if len(kept) >= prompts:
                 break
         return state.host, [concat(*kept[:prompts])] if kept else []

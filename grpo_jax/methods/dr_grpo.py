@@ -7,7 +7,9 @@ from grpo_jax.methods.grpo import grpo, total_reward
 from grpo_jax.types import Method
 
 
-def dr_grpo(*, prompts: int, group_size: int, max_new: int, **options) -> Method:
+def dr_grpo(
+    *, prompts: int, group_size: int, max_new: int, clip_low: float = 0.2, clip_high: float = 0.2, kl: float = 0.0
+) -> Method:
     """A = r - mean within the prompt; loss summed over tokens and divided by (completions * max_new).
 
     max_new: the generation budget in tokens (taken from `sampling.max_new`).
@@ -21,4 +23,5 @@ def dr_grpo(*, prompts: int, group_size: int, max_new: int, **options) -> Method
     def aggregate(batch):
         return losses.fixed_length(batch.weights, batch.completion_mask, length=max_new)
 
-    return grpo(prompts=prompts, group_size=group_size, **options).replace(advantage=advantage, aggregate=aggregate)
+    method = grpo(prompts=prompts, group_size=group_size, clip_low=clip_low, clip_high=clip_high, kl=kl)
+    return method.replace(advantage=advantage, aggregate=aggregate)

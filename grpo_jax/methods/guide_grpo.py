@@ -20,8 +20,8 @@ def guide_grpo(
     quantile: float = 0.9,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    epsilon: float = 1e-6,
     max_rounds: int = 10,
-    **options,
 ) -> Method:
     """Groups with a mean score within [solvable, 1 - solvable] are kept; those below are drawn anew under the hinted
     prompt and kept by the same rule. Surplus groups open the next step.
@@ -36,7 +36,8 @@ def guide_grpo(
     def hinted(prompt):
         if hint_column not in prompt.columns:
             raise ValueError(
-                f"guide_grpo reads its hints from the column {hint_column!r}; prompt {prompt.id} has {sorted(prompt.columns)}"
+                f"guide_grpo reads its hints from the column {hint_column!r}, but prompt {prompt.id} has "
+                f"{sorted(prompt.columns)}"
             )
         join = lambda text: hint.format(prompt=text, hint=prompt.columns[hint_column])  # noqa: E731
         if isinstance(prompt.text, str):
@@ -66,12 +67,12 @@ def guide_grpo(
     def objective(new, batch, arrays):
         ratio, a = losses.token_ratio(new.logps, batch.old.logps), batch.advantages  # old: under the prompt really used
         plain = (batch.sampled_under == batch.trained_under)[:, None]
-        gamma = jnp.nanquantile(jnp.where(batch.completion_mask, ratio, jnp.nan), quantile, axis=1, keepdims=True)
-        gamma = jnp.maximum(jax.lax.stop_gradient(jnp.nan_to_num(gamma)), 1e-4)
+        now = jnp.where(batch.completion_mask, jax.lax.stop_gradient(ratio), jnp.nan)
+        gamma = jnp.maximum(jnp.nan_to_num(jnp.nanquantile(now, quantile, axis=1, keepdims=True)), 1e-4)
         loss = jnp.where(plain, losses.ppo_clip(ratio, a, low=clip_low, high=clip_high), -a * ratio / (ratio + gamma))
         low, high = losses.clip_events(ratio, a, low=clip_low, high=clip_high)
         guided = jnp.broadcast_to(~plain, ratio.shape)
         return loss, {"ratio": ratio, "clip_low": low & plain, "clip_high": high & plain, "guided": guided}
 
-    method = grpo(prompts=prompts, group_size=group_size, aggregate=sequence_mean, **options)
+    method = grpo(prompts=prompts, group_size=group_size, epsilon=epsilon, aggregate=sequence_mean)
     return method.replace(init=lambda pool: State(0, {}, {"surplus": []}), plan=plan, objective=objective)

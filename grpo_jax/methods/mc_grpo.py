@@ -21,7 +21,9 @@ def mc_grpo(*, prompts: int, group_size: int, scale: str = "mad", epsilon: float
     Source: arXiv:2601.22582, section 3.
     """
     if group_size % 2:
-        raise ValueError(f"mc_grpo samples group_size + 1 rows and needs an odd number of them: group_size {group_size} must be even")
+        raise ValueError(
+            f"mc_grpo samples group_size + 1 rows and needs an odd number of them: group_size {group_size} must be even"
+        )
     if scale not in SCALES:
         raise ValueError(f"mc_grpo's scale is one of {SCALES}, got {scale!r}")
 

@@ -1,4 +1,4 @@
-"""Decoder-only transformers: forward passes that share a group's context, weights from and to Hugging Face, sharding."""
+"""Decoder-only transformers: a group shares its context; weights from and to Hugging Face; sharding."""
 
 from grpo_jax.models.attention import Part, attend, softcap
 from grpo_jax.models.config import Rope, TransformerConfig, read_config

@@ -37,7 +37,7 @@ def attend(
 ) -> Float[Array, "C G S H D"]:
     """Causal grouped-query attention over the union of the parts.
 
-    out = Σ_k w_k v_k / Σ_k w_k,  w_k = exp(cap(scale q·k)) if position_k ≤ position_q and position_k > position_q - window
+    out = Σ_k w_k v_k / Σ_k w_k,  w_k = exp(cap(scale q·k)) where position_q - window < position_k ≤ position_q, else 0
 
     The sums run over all parts; each part contributes its own sums, taken against one common maximum. A shared part is
     one matrix product over all G*S queries of a context and is never repeated. Softmax is float32. Every query must
@@ -103,7 +103,7 @@ def softcap(x: Float[Array, ...], cap: float | None) -> Float[Array, ...]:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rotary_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, half]:
+def rotary_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "half"]:
     """Angular frequencies of the rotary embedding, θ^(-2i/D), stretched as `rope` says. Host only.
 
     Source: Su et al. 2021 (arXiv:2104.09864); the "llama3" stretching is that of the Llama 3.1 reference code.

@@ -75,16 +75,8 @@ class TransformerConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        )
-        for name in sizes:
+        heads = ("num_heads", "num_kv_heads", "head_dim")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", *heads):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -205,7 +197,7 @@ def to_hf(config: TransformerConfig) -> dict[str, Any]:
     Raises: ValueError if the family's architecture cannot express it (say, capped scores in a Qwen2).
     """
     family, gemma = config.family, config.family.startswith("gemma")
-    eos = config.eos_token_ids
+    eos, activations = config.eos_token_ids, {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     raw: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
@@ -216,9 +208,7 @@ def to_hf(config: TransformerConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_activation" if gemma else "hidden_act": {v: k for k, v in reversed(ACTIVATIONS.items())}[
-            config.activation
-        ],
+        "hidden_activation" if gemma else "hidden_act": activations[config.activation],
         "max_position_embeddings": config.max_length,
         "initializer_range": config.initializer_range,
         "rms_norm_eps": config.norm_epsilon,

@@ -172,7 +172,7 @@ class Layer(nnx.Module):
         return x + (norm(y, self.mlp_post_norm, config) if config.post_norms else y), kept
 
 
-def norm(x: Float[Array, "*N E"], weight: Float[Array, E], config: TransformerConfig) -> Float[Array, "*N E"]:
+def norm(x: Float[Array, "*N E"], weight: Float[Array, "E"], config: TransformerConfig) -> Float[Array, "*N E"]:
     """x / sqrt(mean(x²) + ε) · weight (or 1 + weight), in float32."""
     y, weight = x.astype(jnp.float32), weight[...].astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_epsilon)

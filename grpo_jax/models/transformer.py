@@ -7,6 +7,7 @@ a shared prefix and the row's own cache) and `__call__` (training: context and r
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -31,14 +32,16 @@ class KeysValues(NamedTuple):
 class _Setting(NamedTuple):
     """What differs between layers besides their weights; scanned over with them."""
 
-    index: Int[Array, L]
-    window: Int[Array, L] | None
-    rope: Int[Array, L] | None  # which of the two rotary tables
+    index: Int[Array, "L"]
+    window: Int[Array, "L"] | None
+    rope: Int[Array, "L"] | None  # which of the two rotary tables
 
 
 class Transformer(nnx.Module):
-    """A decoder-only language model up to its final norm. It computes in the dtype of its parameters; norms, softmax and
-    rotary embedding are float32."""
+    """A decoder-only language model up to its final norm.
+
+    It computes in the dtype of its parameters; norms, softmax and rotary embedding are float32.
+    """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> None:
         weights = Weights(config, rngs, param_dtype)
@@ -49,7 +52,7 @@ class Transformer(nnx.Module):
         if not config.tie_embeddings:
             self.unembedding = weights.normal("embed vocab")
 
-    def prefill(self, tokens: Int[Array, "C P"], lengths: Int[Array, C]) -> KeysValues:
+    def prefill(self, tokens: Int[Array, "C P"], lengths: Int[Array, "C"]) -> KeysValues:
         """Keys and values of contexts. Those at or beyond a context's length are finite and mean nothing."""
         C, P = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (C, P))
@@ -68,7 +71,7 @@ class Transformer(nnx.Module):
         self,
         tokens: Int[Array, "C G S"],
         prefix: KeysValues,
-        prefix_lengths: Int[Array, C],
+        prefix_lengths: Int[Array, "C"],
         own: KeysValues,
         column: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "C G S E"], KeysValues]:
@@ -92,12 +95,8 @@ class Transformer(nnx.Module):
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
                 at = (setting.index, 0, 0, column, 0, 0)
                 # the whole cache is carried and only the new columns are written, so XLA updates it in place
-                cache = KeysValues(
-                    *(
-                        jax.lax.dynamic_update_slice(c, new.astype(c.dtype)[None], at)
-                        for c, new in zip(own, (key, value))
-                    )
-                )
+                new = (x.astype(own.keys.dtype)[None] for x in (key, value))
+                cache = KeysValues(*(jax.lax.dynamic_update_slice(c, x, at) for c, x in zip(own, new)))
                 mine = (jax.lax.dynamic_index_in_dim(c, setting.index, keepdims=False) for c in cache)
                 return self._attend(query, positions, [Part(*kept, shared), Part(*mine, columns)], setting), cache
 
@@ -110,7 +109,7 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         contexts: Int[Array, "C P"],
-        prefix_lengths: Int[Array, C],
+        prefix_lengths: Int[Array, "C"],
         tokens: Int[Array, "C G T"],
         *,
         remat: bool = False,
@@ -211,9 +210,7 @@ def merge(graphdef: nnx.GraphDef, params: PyTree) -> Transformer:
 
 def create(config: TransformerConfig, key: Key, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, PyTree]:
     """A randomly initialised model: normal with deviation `initializer_range`, norms 1, biases 0."""
-    graphdef, _ = abstract(config, dtype)
-    make = jax.jit(lambda key: split(Transformer(config, rngs=nnx.Rngs(key), param_dtype=dtype))[1])
-    return graphdef, make(key)
+    return abstract(config, dtype)[0], _initial(config, np.dtype(dtype), key)
 
 
 def abstract(config: TransformerConfig, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, PyTree]:
@@ -225,6 +222,11 @@ def abstract(config: TransformerConfig, dtype: Any = jnp.float32) -> tuple[nnx.G
 def logical_axes(config: TransformerConfig) -> PyTree:
     """For every parameter a tuple of axis names, in a nested dict like the parameters."""
     return _describe(config, jnp.float32)[2]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _initial(config: TransformerConfig, dtype: Any, key: Key) -> PyTree:
+    return split(Transformer(config, rngs=nnx.Rngs(key), param_dtype=dtype))[1]
 
 
 def _describe(config: TransformerConfig, dtype: Any) -> tuple[nnx.GraphDef, PyTree, PyTree]:
@@ -241,7 +243,7 @@ def _describe(config: TransformerConfig, dtype: Any) -> tuple[nnx.GraphDef, PyTr
     return found["graphdef"], params, axes
 
 
-def _context_positions(lengths: Int[Array, C], P: int) -> Int[Array, "C P"]:
+def _context_positions(lengths: Int[Array, "C"], P: int) -> Int[Array, "C P"]:
     index = jnp.arange(P, dtype=jnp.int32)
     return jnp.where(index < lengths[:, None], index, NOWHERE)
 

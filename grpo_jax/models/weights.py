@@ -97,8 +97,8 @@ def load(
 
     Each device's part of each parameter is read from the files by itself; the host holds one parameter at a time.
 
-    Raises: FileNotFoundError without config.json or weights; ValueError naming the architecture, file or tensor if it is
-    not supported, truncated, missing, not expected, or of the wrong shape. All of it before anything is loaded.
+    Raises: FileNotFoundError without config.json or weights; ValueError naming the architecture, file or tensor if it
+    is not supported, truncated, missing, not expected, or of the wrong shape. All of it before anything is loaded.
     """
     path = Path(path)
     config = read_config(path)
@@ -151,9 +151,9 @@ def export(
 
     source: the Hugging Face directory the model came from; its config.json, generation config and tokenizer files are
     carried over. tokenizer: takes the place of the source's. dtype: of the stored weights (default: the parameters').
-    Everything is written beside `path` and renamed at the end. With several processes, all must call it; the first writes.
+    Everything is written beside `path` and renamed at the end. Of several processes all must call it; the first writes.
 
-    Raises: FileExistsError if `path` exists; ValueError if parameters do not fit the config, or the config not the source.
+    Raises: FileExistsError if `path` exists; ValueError if parameters do not fit the config, or it not the source.
     """
     path = Path(path)
     if path.exists():

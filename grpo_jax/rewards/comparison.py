@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, cast
 
 PROGRAM = (sys.executable, "-P", str(Path(__file__).with_name("comparison_process.py")))
 _GRACE = 1.0  # a process stops a slow comparison itself, which is cheaper than a new one; this long after, it is killed
@@ -64,7 +65,7 @@ class Comparisons:
 
     def _judge(self, pairs: Sequence[tuple[str, str]], time_limit: float, processes: int) -> list[Outcome]:
         outcomes: list[Outcome | None] = [None] * len(pairs)
-        crashes = collections.Counter()
+        crashes: collections.Counter[int] = collections.Counter()
         todo = collections.deque(range(len(pairs)))
         replies: queue.SimpleQueue = queue.SimpleQueue()
         for process in list(self._processes):
@@ -105,7 +106,7 @@ class Comparisons:
                         outcomes[number] = Outcome.CRASHED
                     else:  # perhaps it was not the expression's fault
                         todo.append(number)
-        return outcomes
+        return cast(list[Outcome], outcomes)
 
     def _drop(self, process: _Process) -> None:
         process.kill()
@@ -128,6 +129,7 @@ class _Process:
             stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         )
+        self._questions = cast(IO[bytes], self._process.stdin)
         threading.Thread(target=self._listen, name="comparison", daemon=True).start()
 
     @property
@@ -142,17 +144,17 @@ class _Process:
         self.asked, self.deadline = number, time.monotonic() + time_limit + _GRACE
         answer, text = pairs[number]
         with contextlib.suppress(OSError):  # it has ended; `_listen` says so
-            self._process.stdin.write(json.dumps([answer, text, time_limit]).encode() + b"\n")
-            self._process.stdin.flush()
+            self._questions.write(json.dumps([answer, text, time_limit]).encode() + b"\n")
+            self._questions.flush()
 
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
         with contextlib.suppress(OSError):  # what it had not read
-            self._process.stdin.close()
+            self._questions.close()
 
     def _listen(self) -> None:
-        with self._process.stdout as lines:
+        with cast(IO[bytes], self._process.stdout) as lines:
             for line in lines:
                 self.replies.put((self, json.loads(line)))
         self.replies.put((self, None))

@@ -77,5 +77,5 @@ def _compare_with(column: str, right) -> RewardFn:
             scores.append(float(any(known)) if known else None)
         return scores
 
-    reward.needs = (column,)
+    reward.needs = (column,)  # type: ignore[attr-defined]
     return reward

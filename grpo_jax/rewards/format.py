@@ -36,7 +36,7 @@ def tag_format(
             end = start + len(mark)
         return text_after or not text[end:].strip()
 
-    def reward(completions) -> list[float]:
+    def reward(completions) -> list[float | None]:
         return [float(well_formed(text_of(completion))) for completion in completions]
 
     return reward
@@ -53,7 +53,7 @@ def regex_format(*, pattern: str, whole: bool = True) -> RewardFn:
         raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
     match = compiled.fullmatch if whole else compiled.search
 
-    def reward(completions) -> list[float]:
+    def reward(completions) -> list[float | None]:
         return [float(match(text_of(completion)) is not None) for completion in completions]
 
     return reward

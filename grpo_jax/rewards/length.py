@@ -15,7 +15,7 @@ def length_penalty(*, target: int, limit: int) -> RewardFn:
     if not 0 <= target < limit:
         raise ValueError(f"length needs 0 <= target < limit, got target {target} and limit {limit}")
 
-    def reward(lengths) -> list[float]:
+    def reward(lengths) -> list[float | None]:
         return [-min(max((int(length) - target) / (limit - target), 0.0), 1.0) for length in lengths]
 
     return reward

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 
 class OutOfTime(Exception):
@@ -114,7 +114,7 @@ async def _finish(awaitables: Sequence[Awaitable], seconds: float) -> list[Any]:
         raise
     for task in pending:
         task.cancel()
-    outcomes = []
+    outcomes: list[Any] = []
     for task in tasks:
         if task not in done:
             outcomes.append(OutOfTime())
@@ -132,11 +132,12 @@ def _running_loop() -> asyncio.AbstractEventLoop:
             _loop = asyncio.new_event_loop()
             _loop_thread = threading.Thread(target=_loop.run_forever, name="rewards' event loop", daemon=True)
             _loop_thread.start()
-        return _loop
+        return cast(asyncio.AbstractEventLoop, _loop)
 
 
 def _abandon_loop() -> None:
     global _loop_thread
     with _loop_lock:
-        _loop.call_soon_threadsafe(_loop.stop)
+        loop = cast(asyncio.AbstractEventLoop, _loop)
+        loop.call_soon_threadsafe(loop.stop)
         _loop_thread = None

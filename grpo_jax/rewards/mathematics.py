@@ -46,7 +46,7 @@ def mathematical_equivalence(
         _warn_of(outcomes)
         return [_score([outcomes[answer, text] for answer in answers]) for answers, text in zip(wanted, given)]
 
-    reward.needs = (column,)
+    reward.needs = (column,)  # type: ignore[attr-defined]
     return reward
 
 

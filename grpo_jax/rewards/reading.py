@@ -18,7 +18,7 @@ class Flaw(NamedTuple):
     """Values of a channel that are no finite numbers: how many rows, the first of them, what was there."""
 
     channel: str
-    count: int
+    rows: int
     row: int
     value: str
 
@@ -36,11 +36,12 @@ def read(returned: Any, name: str, rows: int) -> Reading:
     per completion.
     """
     if not isinstance(returned, Scored):
-        table, nested, flaws = _table(returned, name, "", rows)
+        table, nested, wrong = _table(returned, name, "", rows)
         if nested:
             raise Malformed("returned lists in its list, expected one number (or None) per completion")
-        return Reading({name: table[:, 0]}, {}, flaws)
-    channels, flaws = {}, []
+        return Reading({name: table[:, 0]}, {}, wrong)
+    channels: dict[str, np.ndarray] = {}
+    flaws: list[Flaw] = []
     for channel, values in returned.channels.items():
         table, nested, wrong = _table(values, channel, f"in its channel {channel!r} ", rows)
         names = [f"{channel}/{j}" for j in range(table.shape[1])] if nested else [channel]

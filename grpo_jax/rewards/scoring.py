@@ -120,7 +120,7 @@ def score(
                 for flaw in flaws:
                     fail(_flawed(reward, batch, flaw))
         if channels is None:
-            names = _channels_of.get(reward) or (tuple(reward.weight) if _has_weights(reward) else (reward.name,))
+            names = _channels_of.get(reward) or _expected_channels(reward)
             channels = {name: np.full(len(completions), np.nan, np.float32) for name in names}
         found.append(channels)
 
@@ -185,7 +185,7 @@ def _first_that_raises(reward: Reward, batch: _Batch, kind: type, seconds: float
 
 def _flawed(reward: Reward, batch: _Batch, flaw: reading.Flaw) -> RewardError:
     where = "" if flaw.channel == reward.name else f" in its channel {flaw.channel!r}"
-    many = f"on {flaw.count} completions, first " if flaw.count > 1 else ""
+    many = f"on {flaw.rows} completions, first " if flaw.rows > 1 else ""
     return RewardError(
         f"{reward} returned {flaw.value}{where}, which is not a finite number, for {many}{batch.named(flaw.row)}. "
         "Where the reward does not apply, return None."
@@ -206,23 +206,28 @@ def _per_row(values: Any) -> bool:
     return hasattr(values, "__len__") and not isinstance(values, str | bytes | Mapping)
 
 
+def _expected_channels(reward: Reward) -> tuple[str, ...]:
+    return tuple(reward.weight) if isinstance(reward.weight, Mapping) else (reward.name,)
+
+
 def _check_channels(reward: Reward, names: tuple[str, ...]) -> None:
-    if _has_weights(reward) and {_weight_key(reward, name) for name in names} != set(reward.weight):
-        raise reading.Malformed(f"returned the channels {list(names)}, but has weights for {list(reward.weight)}")
+    if isinstance(reward.weight, Mapping):
+        weighed = [name if name in reward.weight else _group(name) for name in names]
+        if set(weighed) != set(reward.weight):
+            raise reading.Malformed(f"returned the channels {list(names)}, but has weights for {list(reward.weight)}")
     if names != _channels_of.setdefault(reward, names):
         raise reading.Malformed(f"returned the channels {list(names)}, earlier {list(_channels_of[reward])}: keep them")
 
 
-def _has_weights(reward: Reward) -> bool:
-    return isinstance(reward.weight, Mapping)
-
-
 def _weight(reward: Reward, channel: str) -> float:
-    return reward.weight[_weight_key(reward, channel)] if _has_weights(reward) else reward.weight
+    if isinstance(reward.weight, Mapping):
+        return reward.weight[channel] if channel in reward.weight else reward.weight[_group(channel)]
+    return reward.weight
 
 
-def _weight_key(reward: Reward, channel: str) -> str:
-    return channel if channel in reward.weight else channel.rpartition("/")[0]  # steps/0 is weighed as steps
+def _group(channel: str) -> str:
+    """steps/0 is a channel of the group steps, and weighed as that."""
+    return channel.rpartition("/")[0]
 
 
 def _distinct(names: list[str]) -> tuple[str, ...]:

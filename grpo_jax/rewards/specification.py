@@ -67,24 +67,24 @@ def resolve(spec: str | Callable | Mapping[str, Any] | Reward) -> Reward:
     """
     if isinstance(spec, Reward):
         return spec
-    options = dict(spec) if isinstance(spec, Mapping) else {"function": spec}
+    options: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"function": spec}
     if "function" not in options:
         raise ValueError(f"a reward given as a mapping needs the key 'function', got only {sorted(options)}")
     source = options.pop("function")
-    settings = {key: options.pop(key, None) for key in ("weight", "name")}
+    weight, own_name = options.pop("weight", None), options.pop("name", None)
 
     function = _find(source) if isinstance(source, str) else source
     if not callable(function) or isinstance(function, Reward):
         raise ValueError(f"a reward is a name, 'path/to/file.py:function' or a function, got {source!r}")
-    name = next((name for name, factory in BUILT_IN.items() if factory is function), None)
-    if name is not None:
+    built_in = [name for name, factory in BUILT_IN.items() if factory is function]
+    name = built_in[0] if built_in else _name(function)
+    if built_in:
         _check_options(f"the built-in reward {name!r}", function, options, all_of_them=True)
         function = function(**options)
     else:
-        name = _name(function)
         _check_options(f"reward {name!r} ({_place(function)})", function, options)
         function = functools.partial(function, **options) if options else function
-    return Reward(function, **{"name": name} | {key: value for key, value in settings.items() if value is not None})
+    return Reward(function, name if own_name is None else own_name, 1.0 if weight is None else weight)
 
 
 def check(rewards: Iterable[Reward], columns: Iterable[str]) -> None:
@@ -151,11 +151,10 @@ def _find(source: str) -> Callable:
             + (f"{module + ':' + function!r}." if module and not source.endswith(".py") else "'module:function'.")
         )
     place, _, attribute = source.rpartition(":")
-    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
-    found: Any = module
+    found: Any = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    own = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
     for part in attribute.split("."):
         if not hasattr(found, part):
-            own = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
             nearest = difflib.get_close_matches(attribute, own, 3, 0.4) or own
             raise ValueError(f"{place} has no function {attribute!r}; it has {', '.join(nearest) or 'none'}")
         found = getattr(found, part)
@@ -170,6 +169,8 @@ def _load_file(path: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, full)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file that can be loaded")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
     try:

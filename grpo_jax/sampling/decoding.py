@@ -23,11 +23,11 @@ class Cells(NamedTuple):
     """What is asked of the sampler. A cell with budget 0 is padding."""
 
     contexts: Int[Array, "C P"]
-    context_lengths: Int[Array, "C"]
+    context_lengths: Int[Array, " C"]
     given: Int[Array, "C G T"]  # decisions that are there already
     given_lengths: Int[Array, "C G"]
     budget: Int[Array, "C G"]  # decisions at most, given ones included
-    minimum: Int[Array, "C G"]  # no stop token before that many decisions
+    minimum: Int[Array, "C G"]  # no stop before that many decisions, given ones included
     temperature: Float[Array, "C G"]  # 0 = greedy
     top_k: Int[Array, "C G"]  # 0 = all
     top_p: Float[Array, "C G"]
@@ -94,7 +94,7 @@ def draw(graphdef, params: PyTree, cells: Cells, key: Key, *, restricts: bool, h
         token, behavior, sampler = _choose(scaled, cells, row_keys, t, restricts)
         chosen = loop.active & (t >= cells.given_lengths)
         tokens = _write(drawn.tokens, token, t, chosen)
-        stopped = chosen & _stops(tokens, t, cells)
+        stopped = chosen & (t >= cells.minimum) & _ends_in_stop(tokens, jnp.broadcast_to(t, (c, g)), cells)
         exists = t + 1
         lengths = jnp.where(chosen, exists, drawn.lengths)
         drawn = Drawn(
@@ -109,15 +109,12 @@ def draw(graphdef, params: PyTree, cells: Cells, key: Key, *, restricts: bool, h
     begun = Drawn(
         tokens=cells.given,
         lengths=jnp.minimum(cells.given_lengths, cells.budget),
-        finished=jnp.zeros((c, g), bool),
+        finished=~wants_more & _ends_in_stop(cells.given, cells.given_lengths - 1, cells),
         behavior_logps=jnp.zeros((c, g, t_max), jnp.float32),
         sampler_logps=sampler_logps,
     )
     loop = Loop(start, own, wants_more, begun)
-    drawn = jax.lax.while_loop(lambda s: jnp.any(s.active) & (s.column < t_max), step, loop).drawn
-    # A row that was only given ends as its given decisions do.
-    ends = _ends_with_stop(cells)
-    return drawn._replace(finished=drawn.finished | (ends & ~wants_more)) if has_given else drawn
+    return jax.lax.while_loop(lambda s: jnp.any(s.active) & (s.column < t_max), step, loop).drawn
 
 
 def _row_keys(key: Key, prompt_ids: Int[Array, "C G"], index: Int[Array, "C G"]) -> Key:
@@ -142,7 +139,7 @@ def _pick(values: Float[Array, "C G V"], token: Int[Array, "C G"]) -> Float[Arra
 
 
 def _restricted(scaled: Float[Array, "C G V"], cells: Cells, t: Array) -> Float[Array, "C G V"]:
-    """-inf outside top-k, then top-p of what is left, then min-p; and for stop tokens before the minimum length."""
+    """-inf for stop tokens before the minimum length; then outside top-k, then top-p of what is left, then min-p."""
     v = scaled.shape[-1]
     single = (cells.stops >= 0).sum(axis=1) == 1
     at = jnp.where(single, cells.stops[:, -1], v)
@@ -154,7 +151,8 @@ def _restricted(scaled: Float[Array, "C G V"], cells: Cells, t: Array) -> Float[
     kept = jnp.where(jnp.arange(v) < k, ordered, -jnp.inf)
     mass = jax.nn.softmax(kept, axis=-1)
     before = jnp.cumsum(mass, axis=-1) - mass  # mass of the likelier tokens: the most likely one is always kept
-    kept = jnp.where((before < cells.top_p[..., None]) | (jnp.arange(v) == 0), kept, -jnp.inf)
+    top_p = jnp.where(cells.top_p < 1, cells.top_p, jnp.inf)[..., None]  # at 1, rounding must not cut the tail
+    kept = jnp.where((before < top_p) | (jnp.arange(v) == 0), kept, -jnp.inf)
     kept = jnp.where(kept >= kept[..., :1] + jnp.log(cells.min_p)[..., None], kept, -jnp.inf)
     lowest = jnp.min(jnp.where(kept > -jnp.inf, kept, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scaled >= lowest, scaled, -jnp.inf)
@@ -165,21 +163,9 @@ def _write(values: Array, new: Array, t: Array, where: Bool[Array, "C G"]) -> Ar
     return jax.lax.dynamic_update_index_in_dim(values, jnp.where(where, new, old), t, axis=2)
 
 
-def _stops(tokens: Int[Array, "C G T"], t: Array, cells: Cells) -> Bool[Array, "C G"]:
-    """Whether the decisions up to t end in a stop sequence that applies to the row."""
-    width = cells.stops.shape[1]
-    places = t - jnp.arange(width - 1, -1, -1)
-    window = jnp.where(places >= 0, jnp.take(tokens, jnp.maximum(places, 0), axis=2), -2)
+def _ends_in_stop(tokens: Int[Array, "C G T"], last: Int[Array, "C G"], cells: Cells) -> Bool[Array, "C G"]:
+    """Whether the decisions up to `last` (-1: none) end in a stop sequence that applies to the row."""
+    places = last[..., None] - jnp.arange(cells.stops.shape[1] - 1, -1, -1)
+    window = jnp.where(places >= 0, jnp.take_along_axis(tokens, jnp.maximum(places, 0), axis=2), -2)
     match = (window[:, :, None, :] == cells.stops) | (cells.stops < 0)
     return jnp.any(jnp.all(match, axis=-1) & cells.stops_apply, axis=-1)
-
-
-def _ends_with_stop(cells: Cells) -> Bool[Array, "C G"]:
-    flat = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), (cells.given, cells.given_lengths, cells.stops_apply))
-    given, lengths, apply = flat
-
-    def one(tokens, length, applies):
-        row = cells._replace(stops_apply=applies[None])
-        return _stops(tokens[None], jnp.maximum(length[0] - 1, 0), row)[0, 0] & (length[0] > 0)
-
-    return jax.vmap(one)(given, lengths, apply).reshape(cells.given_lengths.shape)

@@ -79,7 +79,7 @@ class LanguageModel:
         decisions = self._decisions(rows.given.shape[1])
         context_width = max(bucket(self.max_prompt), bucket(rows.contexts.tokens.shape[1]))
         width, slots = self._cells(rows, context_width, decisions)
-        launches = pack(rows, context_width=context_width, width=width, slots=slots)
+        launches = pack(rows, width=width, slots=slots)
         restricts = bool(
             (rows.options["top_k"] > 0).any()
             or (rows.options["top_p"] < 1).any()
@@ -123,7 +123,7 @@ class LanguageModel:
         """Rows per context and contexts per launch.
 
         The usual cells where there are any and the rows fill more than a quarter of them, so that whatever is asked for
-        streams through one program; otherwise what is asked for, with at most an eighth of padding. Never more than the
+        streams through one program; otherwise what is asked for, with less than a fifth of padding. Never more than the
         budget of tokens allows.
         """
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -144,7 +144,9 @@ class LanguageModel:
             return cells
         rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return Cells(*(jax.device_put(x, everywhere if name == "stops" else rows) for name, x in cells._asdict().items()))
+        return Cells(
+            *(jax.device_put(x, everywhere if name == "stops" else rows) for name, x in cells._asdict().items())
+        )
 
     def _gather(self, results: list[Drawn], launches: list[np.ndarray], width: int) -> Drawn:
         order = np.concatenate([launch.reshape(-1) for launch in launches])

@@ -59,88 +59,99 @@ def expand(
 
     encode turns a prompt (text or chat) into token ids, encode_text plain text. defaults: max_new, temperature, stop
     and OPTIONS, used where a request says nothing. numbers: rows so far per (role, prompt), moved on.
-    Raises: ValueError for an option that does not exist, or a row without context tokens or without budget.
+    Rows without a drawn decision are scored at temperature 1, unless their request names another.
+    Raises: ValueError for an option that does not exist or is out of its range, a context without tokens, a stop
+    without text, or a request without rows or decisions.
     """
-    tokens: dict[bytes, int] = {}
-    stored: list[np.ndarray] = []
+    contexts: dict[bytes, int] = {}  # token ids and where they are stored, each once
+    stops: dict[tuple[int, ...], int] = {(int(i),): k for k, i in enumerate(dict.fromkeys(stop_ids))}
+    always = len(stops)
 
     def context(text) -> int:
         ids = np.asarray(text if isinstance(text, np.ndarray) else encode(text), np.int32)
         if not ids.size:
-            raise ValueError("a context has no tokens: give a prompt that is not empty, or a tokenizer with a BOS token")
-        slot = tokens.setdefault(ids.tobytes(), len(stored))
-        if slot == len(stored):
-            stored.append(ids)
-        return slot
+            raise ValueError("a context has no tokens: give a prompt that is not empty, or a tokenizer with a BOS")
+        return contexts.setdefault(ids.tobytes(), len(contexts))
 
-    stop_sequences: dict[tuple[int, ...], int] = {(int(i),): k for k, i in enumerate(stop_ids)}
-    always = len(stop_sequences)
+    def stop(text: str) -> int:
+        ids = tuple(int(i) for i in encode_text(text))
+        if not ids:
+            raise ValueError(f"a stop has no tokens, got {text!r}: every completion ends with nothing")
+        return stops.setdefault(ids, len(stops))
 
-    def stops_of(request: Request) -> list[int]:
-        texts = (*defaults.get("stop", ()), *request.stop)
-        ids = [tuple(int(i) for i in encode_text(text)) for text in texts]
-        return [stop_sequences.setdefault(s, len(stop_sequences)) for s in ids]
-
-    per_request, counts = [], []
-    for request in requests:
-        unknown = set(request.options) - set(OPTIONS)
-        if unknown:
-            raise ValueError(f"a language model's requests take the options {sorted(OPTIONS)}, got {sorted(unknown)}")
+    def resolve(request: Request) -> tuple:
+        options = _options(request, defaults)
         sampled = context(request.prompt.text if request.context is None else request.context)
         trained = sampled if request.train_context is None else context(request.train_context)
         given, given_logps = _prefix(request, encode_text, stop_ids)
         max_new = defaults["max_new"] if request.max_new is None else request.max_new
-        temperature = defaults["temperature"] if request.temperature is None else request.temperature
-        options = {**OPTIONS, **{k: defaults[k] for k in OPTIONS if k in defaults}, **request.options}
+        if request.count < 1 or max_new < 0 or len(given) + max_new < 1:
+            raise ValueError(
+                f"a request of prompt {request.prompt.id} asks for nothing: count {request.count}, a prefix of "
+                f"{len(given)} decisions and max_new {max_new}; give a count of at least 1, and a prefix or a max_new "
+                f"above 0"
+            )
+        scored = max_new == 0 and np.isnan(given_logps).all()
+        temperature = request.temperature
+        if temperature is None:
+            temperature = 1.0 if scored else defaults["temperature"]
+        if not 0 <= temperature < np.inf:
+            raise ValueError(f"temperature is 0 (greedy) or above, got {temperature}")
+        ends = [stop(text) for text in (*defaults.get("stop", ()), *request.stop)]
         start = numbers[request.role, request.prompt.id]
         numbers[request.role, request.prompt.id] += request.count
-        counts.append(request.count)
-        per_request.append(
-            (sampled, trained, given, given_logps, max_new, temperature, options, stops_of(request), start)
-        )
+        return sampled, trained, given, given_logps, max_new, temperature, options, ends, start
 
-    repeat = lambda values, dtype: np.repeat(np.asarray(list(values), dtype), counts, axis=0)  # noqa: E731
-    sampled, trained, givens, logps, max_new, temperature, options, stops, starts = zip(*per_request)
-    lengths = np.array([len(x) for x in givens], np.int32)
+    sampled, trained, given, given_logps, max_new, temperature, options, ends, starts = zip(*map(resolve, requests))
+    counts = [r.count for r in requests]
+    lengths = np.array([len(x) for x in given], np.int32)
     budget = lengths + np.array(max_new, np.int32)
-    if (budget == 0).any():
-        raise ValueError("a request asks for no decisions: give it a prefix or a max_new above 0")
     width = int(budget.max())
-    given, given_logps = np.zeros((len(counts), width), np.int32), np.full((len(counts), width), np.nan, np.float32)
-    for i, (ids, lps) in enumerate(zip(givens, logps)):
-        given[i, : len(ids)], given_logps[i, : len(ids)] = ids, lps
-    longest = max(map(len, stop_sequences), default=1)
-    sequences = np.full((max(len(stop_sequences), 1), longest), -1, np.int32)
-    for sequence, k in stop_sequences.items():
-        sequences[k, longest - len(sequence) :] = sequence
-    apply = np.zeros((len(counts), len(sequences)), bool)
+    apply = np.zeros((len(requests), max(len(stops), 1)), bool)
     apply[:, :always] = True
-    for i, which in enumerate(stops):
+    for i, which in enumerate(ends):
         apply[i, which] = True
-    if not stop_sequences:
-        apply[:] = False
-    padded = np.zeros((len(stored), max(map(len, stored))), np.int32)
-    for i, ids in enumerate(stored):
-        padded[i, : len(ids)] = ids
-    place = np.arange(sum(counts)) - np.repeat(np.cumsum([0, *counts[:-1]]), counts)
+    stored = [np.frombuffer(key, np.int32) for key in contexts]
+    repeat = lambda values, dtype: np.repeat(np.asarray(list(values), dtype), counts, axis=0)  # noqa: E731
     return Rows(
-        contexts=Contexts(tokens=padded, lengths=np.array([len(x) for x in stored], np.int32)),
+        contexts=Contexts(tokens=_padded(stored), lengths=np.array([len(x) for x in stored], np.int32)),
         sampled_under=repeat(sampled, np.int32),
         trained_under=repeat(trained, np.int32),
-        given=np.repeat(given, counts, axis=0),
-        given_logps=np.repeat(given_logps, counts, axis=0),
-        given_lengths=np.repeat(lengths, counts),
+        given=repeat(_padded(given, width=width), np.int32),
+        given_logps=repeat(_padded(given_logps, width=width, fill=np.nan, dtype=np.float32), np.float32),
+        given_lengths=repeat(lengths, np.int32),
         trains_given=repeat([r.train_given for r in requests], bool),
-        budget=np.repeat(budget, counts),
+        budget=repeat(budget, np.int32),
         temperature=repeat(temperature, np.float32),
         options={k: repeat([o[k] for o in options], np.asarray(v).dtype) for k, v in OPTIONS.items()},
-        stops=sequences,
-        stops_apply=np.repeat(apply, counts, axis=0),
+        stops=_padded([s[::-1] for s in stops] or [()], width=1, fill=-1)[:, ::-1],
+        stops_apply=repeat(apply, bool),
         prompt_ids=repeat([r.prompt.id for r in requests], np.int32),
-        index=(repeat(starts, np.int64) + place).astype(np.int32),
+        index=np.concatenate([start + np.arange(n) for start, n in zip(starts, counts)]).astype(np.int32),
         group_ids=repeat(range(len(requests)), np.int32),
         columns=_numeric_columns(requests, counts),
     )
+
+
+def _padded(sequences: Sequence[Sequence], *, width: int = 0, fill: float = 0, dtype: type = np.int32) -> np.ndarray:
+    """Sequences as the rows of a table, left-aligned, as wide as the longest of them and at least `width`."""
+    table = np.full((len(sequences), max(width, *map(len, sequences))), fill, dtype)
+    for row, values in zip(table, sequences):
+        row[: len(values)] = values
+    return table
+
+
+def _options(request: Request, defaults: dict) -> dict:
+    """All OPTIONS of a request."""
+    if unknown := sorted(set(request.options) - set(OPTIONS)):
+        raise ValueError(f"a language model's requests take the options {sorted(OPTIONS)}, got {unknown}")
+    options = {**OPTIONS, **{k: defaults[k] for k in OPTIONS if k in defaults}, **request.options}
+    for name, (least, most) in {"top_k": (0, np.inf), "min_new": (0, np.inf), "min_p": (0, 1)}.items():
+        if not least <= options[name] <= most:
+            raise ValueError(f"{name} is {least} (off) {'to 1' if most == 1 else 'or more'}, got {options[name]}")
+    if not 0 < options["top_p"] <= 1:
+        raise ValueError(f"top_p is above 0, and 1 (off) at most, got {options['top_p']}")
+    return options
 
 
 def _prefix(request: Request, encode_text, stop_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -159,18 +170,17 @@ def _prefix(request: Request, encode_text, stop_ids: Sequence[int]) -> tuple[np.
 
 
 def _numeric_columns(requests: Sequence[Request], counts: Sequence[int]) -> dict[str, np.ndarray]:
-    """The dataset columns that are one number in every row; texts stay with the prompts."""
+    """The dataset columns that hold numbers, NaN where a row has none; texts stay with the prompts."""
     number = (bool, int, float, np.number, np.bool_)
-    names = [k for k, v in requests[0].prompt.columns.items() if isinstance(v, number)]
     columns = {}
-    for name in names:
+    for name in dict.fromkeys(name for r in requests for name in r.prompt.columns):
         values = [r.prompt.columns.get(name) for r in requests]
-        if all(isinstance(v, number) for v in values):
+        if all(v is None or isinstance(v, number) for v in values) and any(v is not None for v in values):
             columns[name] = np.repeat(np.asarray(values, np.float32), counts)
     return columns
 
 
-def pack(rows: Rows, *, context_width: int, width: int, slots: int) -> list[np.ndarray]:
+def pack(rows: Rows, *, width: int, slots: int) -> list[np.ndarray]:
     """Launches of the sampler: arrays [slots, width] of row numbers, -1 = padding; one context per slot."""
     filled: list[np.ndarray] = []
     order = np.argsort(rows.sampled_under, kind="stable")
@@ -218,18 +228,15 @@ def rollout_of(rows: Rows, drawn: Drawn | None, *, role: str) -> Rollout:
     n, t = len(rows), rows.given.shape[1]
     column = np.arange(t)
     was_given = column < rows.given_lengths[:, None]
-    given_logps = np.where(was_given, rows.given_logps, np.nan)
     if drawn is None:
-        tokens, lengths = rows.given, rows.given_lengths
+        tokens, lengths, drawn_logps = rows.given, rows.given_lengths, np.nan
         finished = np.array([_ends(row[:k], rows.stops[a]) for row, k, a in zip(rows.given, lengths, rows.stops_apply)])
-        behavior, sampler = given_logps, np.full((n, t), np.nan, np.float32)
+        sampler = np.full((n, t), np.nan, np.float32)
     else:
         tokens, lengths, finished, drawn_logps, sampler = (np.asarray(x) for x in drawn)
-        exists = column < lengths[:, None]
-        behavior = np.where(was_given, given_logps, np.where(exists, drawn_logps, np.nan))
     exists = column < lengths[:, None]
+    behavior = np.where(was_given, rows.given_logps, np.where(exists, drawn_logps, np.nan))
     chosen = exists & ~np.isnan(behavior)
-    drew = (rows.budget > rows.given_lengths) & (rows.temperature > 0)
     return Rollout(
         contexts=rows.contexts,
         sampled_under=rows.sampled_under,
@@ -240,7 +247,7 @@ def rollout_of(rows: Rows, drawn: Drawn | None, *, role: str) -> Rollout:
         behavior_logps=behavior.astype(np.float32),
         sampler_logps=sampler.astype(np.float32),
         finished=finished.astype(bool),
-        temperature=np.where(drew, rows.temperature, 1).astype(np.float32),
+        temperature=np.where(rows.temperature > 0, rows.temperature, 1).astype(np.float32),
         prompt_ids=rows.prompt_ids,
         index=rows.index,
         group_ids=rows.group_ids,

@@ -114,7 +114,9 @@ def layout_of(config: Config, mesh: Mesh, *, group_size: int, prompts: int) -> L
     )
 
 
-def open_pool(config: Config, source: Any, tokenizer: data.Tokenizer, *, split: str | None = None, shuffle: bool = True) -> data.Pool:
+def open_pool(
+    config: Config, source: Any, tokenizer: data.Tokenizer, *, split: str | None = None, shuffle: bool = True
+) -> data.Pool:
     return data.Pool.open(
         source,
         tokenizer=tokenizer,
@@ -156,10 +158,17 @@ def sources(config: Config, prompts: Any = None) -> Sources:
 class Verifier:
     """Scores a rollout with the configured reward functions; checks at the start that they can be called."""
 
-    def __init__(self, functions: Sequence[rewards.Reward], columns: Sequence[str], *, time_limit: float, on_error: str) -> None:
+    def __init__(
+        self, functions: Sequence[rewards.Reward], columns: Sequence[str], *, time_limit: float, on_error: str
+    ) -> None:
         self.functions, self.time_limit, self.on_error = tuple(functions), time_limit, on_error
         rewards.check(self.functions, [*columns, *rewards.STANDARD_COLUMNS])
         self.failures: list[str] = []
+
+    def take_failures(self) -> list[str]:
+        """What failed since this was last asked, where failures are marked and not raised."""
+        failures, self.failures = self.failures, []
+        return failures
 
     def __call__(self, prompts: Sequence[Prompt], rows: Rollout, texts: Sequence[str], step: int) -> Rollout:
         names = list(dict.fromkeys(name for p in prompts for name in p.columns))
@@ -190,9 +199,7 @@ class Verifier:
         )
 
 
-def roles_of(
-    method: Method, params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> dict[str, Policy]:
+def roles_of(method: Method, params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> dict[str, Policy]:
     """The policy and the other roles: copies of it, or models of the same architecture from a path."""
     policies = {"policy": begin(params, optimizer, mesh)}
     for name, role in method.roles.items():

@@ -55,7 +55,7 @@ def choose_layout(
 
 
 def lay_out(under: np.ndarray, rows: np.ndarray, layout: Layout, *, capacity: int = 1) -> Part:
-    """Cells for these rows, those of one context side by side. `capacity`: at least that many micro-batches in shape."""
+    """Cells for these rows, those of one context side by side. `capacity`: the fewest micro-batches in its shape."""
     slots = []
     under = np.asarray(under)[rows]
     for context in dict.fromkeys(under.tolist()):
@@ -78,13 +78,21 @@ def deal(
 ) -> list[np.ndarray]:
     """The rows of each optimiser step, in order; rows of weight 0 are in none.
 
-    Rows with an update id go where it says, ascending. The others are dealt by whole groups, in a shuffled order, into
-    `updates` parts of about equal numbers of rows. With one update nothing is shuffled.
+    Rows with an update id go where it says, ascending. Without any they are dealt by whole groups, in a shuffled order,
+    into `updates` parts of about equal numbers of groups. With one update nothing is shuffled.
+
+    Raises: ValueError if some rows have an update id and others have none.
     """
     weights, group_ids, update_ids = map(np.asarray, (weights, group_ids, update_ids))
     rows = np.flatnonzero(weights != 0)
     asked = np.unique(update_ids[rows])
     if (asked >= 0).any():
+        if asked[0] < 0:
+            lacking = int((update_ids[rows] < 0).sum())
+            raise ValueError(
+                f"update_ids say which optimiser step a row goes to, for all rows or for none (-1): {lacking} of "
+                f"{len(rows)} rows have none"
+            )
         return [rows[update_ids[rows] == u] for u in asked]
     if updates == 1:
         return [rows] if len(rows) else []

@@ -24,8 +24,7 @@ def pass_at_k(samples: int, correct: np.ndarray, k: int) -> np.ndarray:
     samples: n; correct: c of each prompt. Unbiased for k <= n.
     Source: Chen et al. 2021 (arXiv:2107.03374), eq. 1.
     """
-    if not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} needs between 1 and {samples} draws, as there are {samples} samples per prompt")
+    _check_draws(k, samples)
     wrong = samples - np.asarray(correct)
     # C(n - c, k) / C(n, k) = prod_{i = n-c+1 .. n} (1 - k / i), without large factorials.
     return np.array([1.0 - np.prod(1.0 - k / np.arange(w + 1, samples + 1)) if w >= k else 1.0 for w in wrong])
@@ -56,7 +55,13 @@ def evaluate_prompts(
 
     A completion is correct if it scores 1 in `channel` (default: the first). maj@n: the most frequent extracted answer
     is correct.
+    Raises: ValueError if there are no prompts, or for a k beyond `samples`.
     """
+    if not prompts:
+        raise ValueError("there are no prompts to evaluate on")
+    wanted = sorted({1, *k})
+    for each in wanted:
+        _check_draws(each, samples)
     plain = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     asked = [Request(p, count=samples, temperature=1.0, options=plain) for p in prompts]
     if greedy:
@@ -69,7 +74,7 @@ def evaluate_prompts(
     correct = rows.score(channel or rows.channels[0]) >= 1 - 1e-6
     n = len(prompts) * samples
     sampled = correct[:n].reshape(len(prompts), samples)
-    numbers = {f"pass@{i}": float(pass_at_k(samples, sampled.sum(axis=1), i).mean()) for i in sorted({1, *k})}
+    numbers = {f"pass@{i}": float(pass_at_k(samples, sampled.sum(axis=1), i).mean()) for i in wanted}
     answers = np.array([extract(t) for t in texts[:n]], object).reshape(len(prompts), samples)
     chosen = [majority(list(a)) for a in answers]
     numbers[f"maj@{samples}"] = float(sampled[np.arange(len(prompts)), chosen].mean())
@@ -91,3 +96,8 @@ def evaluate_prompts(
         for i in range(len(texts))
     ]
     return Evaluation(numbers, predictions)
+
+
+def _check_draws(k: int, samples: int) -> None:
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} needs between 1 and {samples} draws, as there are {samples} samples per prompt")

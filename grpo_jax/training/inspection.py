@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from grpo_jax.types import Batch, Rollout
+from grpo_jax.types import Batch, Request, Rollout
 
 IMPROBABLE = -60.0  # two draws that agree with a log-probability below this (1e-26) were not independent
 
@@ -16,33 +17,61 @@ class RolloutError(RuntimeError):
     """A rollout that can only be the result of a mistake."""
 
 
-def check_rollout(rows: Rollout) -> None:
-    """Raise if log-probs are not numbers, or if independent draws agree where that cannot be chance."""
-    exists = np.arange(rows.completions.shape[1]) < rows.lengths[:, None]
-    drawn = exists & ~np.isnan(rows.behavior_logps)
-    bad = drawn & ~np.isfinite(rows.sampler_logps)
-    if bad.any():
-        prompts = sorted({int(p) for p in rows.prompt_ids[bad.any(axis=1)]})
+class UpdateError(RuntimeError):
+    """An update that would have destroyed the policy."""
+
+
+def check_rollout(rows: Rollout, requests: Sequence[Request]) -> None:
+    """Raise if the rows are not those asked for, if log-probs are not numbers, or if independent draws agree where that
+    cannot be chance."""
+    asked = [r for r in requests for _ in range(r.count)]
+    if [r.prompt.id for r in asked] != rows.prompt_ids.tolist():
         raise RolloutError(
-            f"the sampler's log-probs are not finite for {int(bad.any(axis=1).sum())} rows, prompt ids {_some(prompts)}: "
-            "the policy's weights or its activations have overflowed. Lower the learning rate or set optimizer.clip_norm"
+            f"sampling returns the rows of its requests in their order: {len(asked)} rows of the prompts "
+            f"{_some([r.prompt.id for r in requests])} were asked for, got {len(rows)} of "
+            f"{_some(rows.prompt_ids.tolist())}"
         )
+    column = np.arange(rows.completions.shape[1])
+    draws = np.array([r.max_new != 0 for r in asked])
+    there = np.array([0 if r.prefix is None or isinstance(r.prefix, str) else len(r.prefix[1]) for r in asked])
+    exists = (column < rows.lengths[:, None]) & draws[:, None]
+    bad = (exists & ~np.isfinite(rows.sampler_logps)).any(axis=1)
+    if bad.any():
+        prompts = sorted({int(p) for p in rows.prompt_ids[bad]})
+        raise RolloutError(
+            f"the sampler's log-probs are not finite for {int(bad.sum())} rows, prompt ids {_some(prompts)}: "
+            "the policy's weights or its activations have overflowed. Lower the learning rate, or set "
+            "optimizer.clip_norm"
+        )
+    drawn = exists & (column >= there[:, None]) & ~np.isnan(rows.behavior_logps)
     logps = np.where(drawn, rows.behavior_logps, 0).sum(axis=1)
+    seen: dict[tuple, int] = {}
     for row in np.flatnonzero(logps < IMPROBABLE):
-        twins = (rows.prompt_ids == rows.prompt_ids[row]) & (rows.sampled_under == rows.sampled_under[row])
-        twins &= (rows.lengths == rows.lengths[row]) & (rows.completions == rows.completions[row]).all(axis=1)
-        twins &= np.isnan(rows.behavior_logps).sum(axis=1) == np.isnan(rows.behavior_logps[row]).sum()
-        if twins.sum() > 1:
+        length, prompt = int(rows.lengths[row]), int(rows.prompt_ids[row])
+        tokens = rows.completions[row, :length].tobytes()
+        twin = seen.setdefault((prompt, int(rows.sampled_under[row]), int(drawn[row].sum()), tokens), row)
+        if twin != row:
             raise RolloutError(
-                f"{int(twins.sum())} completions of prompt {int(rows.prompt_ids[row])} are the same {int(rows.lengths[row])} "
-                f"tokens, although one such draw has log-probability {logps[row]:.0f}: their random keys are not independent"
+                f"two completions of prompt {prompt} (rows {twin} and {row}) are the same {length} tokens, although "
+                f"one such draw has log-probability {logps[row]:.0f}: their random keys are not independent"
             )
 
 
+def check_update(report: Mapping[str, Any], *, step: int, update: int) -> None:
+    """Raise if the loss or the gradient of an update is not a number; the train step has not applied it."""
+    if not (np.isfinite(report["loss"]) and np.isfinite(report["grad_norm"])):
+        raise UpdateError(
+            f"update {update} of step {step} has loss {float(report['loss'])} and gradient norm "
+            f"{float(report['grad_norm'])}, and was not applied. Look at the rewards of this step, and lower the "
+            "learning rate"
+        )
+
+
 def duplicates(rows: Rollout) -> float:
-    """Share of rows whose completion another row of their group has too."""
-    keyed = np.concatenate([rows.group_ids[:, None], rows.lengths[:, None], rows.completions], axis=1)
-    keyed = keyed[rows.group_ids >= 0]
+    """Share of rows in groups whose completion another row of their group has too."""
+    groups, lengths, tokens = jax.device_get((rows.group_ids, rows.lengths, rows.completions))
+    tokens = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 0)
+    keyed = np.concatenate([groups[:, None], lengths[:, None], tokens], axis=1)[groups >= 0]
     if not len(keyed):
         return 0.0
     _, inverse, count = np.unique(keyed, axis=0, return_inverse=True, return_counts=True)
@@ -80,6 +109,7 @@ def describe_batch(batch: Batch) -> tuple[dict[str, float], dict[str, Any]]:
         "length_max": float(lengths.max()),
         "truncated": float(1 - host["finished"][real].mean()),
         "empty": float((~host["completion_mask"][real].any(axis=1)).mean()),
+        "duplicates": duplicates(batch),
         "rows": float(real.sum()),
     }
     return numbers, {"no_signal": silent}

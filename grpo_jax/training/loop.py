@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,23 +11,22 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from grpo_jax.training.deal import Layout, deal, lay_out
-from grpo_jax.training.inspection import check_rollout, describe_batch
+from grpo_jax.training.inspection import check_rollout, check_update
 from grpo_jax.training.mesh import replicate
 from grpo_jax.training.metrics import Clock
 from grpo_jax.training.step import Policy, evaluate_all, train_step
-from grpo_jax.types import Batch, Contexts, Decisions, Domain, Key, Method, Prompt, Request, Rollout, State
+from grpo_jax.types import Batch, Contexts, Decisions, Domain, Key, Method, Prompt, Rollout, State
 
 Verify = Callable[[Sequence[Prompt], Rollout, list[str], int], Rollout]
 
 
 def fold(key: int | Key, *names: int | str) -> Key:
-    """A key for a purpose: the seed or a key, folded with a step, a role, a word. There is no other randomness state."""
+    """A key for a purpose: the seed or a key, folded with a step, a role, a word. There is no other random state."""
     key = jax.random.key(key) if isinstance(key, int) else key
     for name in names:
         key = jax.random.fold_in(key, zlib.crc32(name.encode()) if isinstance(name, str) else name)
@@ -64,21 +63,26 @@ def iterate(run: Run) -> None:
     """One step: rounds of sampling and scoring, old and reference log-probs, rewards, advantages, updates."""
     m, key = run.method, fold(run.seed, run.state.step)
     host, rollouts = collect(run, key)
+    _check_roles(run, rollouts)
     arrays, shaped = run.state.arrays, []
     for rows in rollouts:  # one per trained policy; there may be none
         with run.clock("shape"):
             batch = put(run, rows if rows.channels else verified(run, rows))
             batch = run.compiled.evaluate(batch)
-            batch, arrays = run.compiled.shape(batch, arrays, fold(key, "shape"))
+            batch, arrays = run.compiled.shape(batch, arrays, fold(key, "shape", batch.role))
             shaped.append(batch)
     for batch in shaped:
         with run.clock("update"):
-            reports = []
-            for rows in dealt(run, batch, key):
+            parts, reports = dealt(run, batch, key), []
+            if len(parts) > 1:
+                batch = run.compiled.with_old(batch)
+            for rows in parts:
                 policy, report = run.compiled.update(batch, arrays, rows, first=not reports)
                 run.policies[batch.role] = policy
                 reports.append(report)
             reports = jax.device_get(reports)
+            for i, report in enumerate(reports):
+                check_update(report, step=run.state.step, update=i)
         run.log(batch, reports)
     follow(run.policies, m.roles, run.state.step)
     run.state = State(run.state.step + 1, arrays, host)
@@ -96,10 +100,12 @@ def collect(run: Run, key: Key) -> tuple[Any, list[Rollout]]:
             return end.value
         if isinstance(ask, Rollout):
             rows = verified(run, ask)
+        elif not ask:
+            rows = None
         else:
             with run.clock("sample"):
                 rows = run.domain.sample(run.params, ask, fold(key, "sample"), numbers)
-            check_rollout(rows)
+            check_rollout(rows, ask)
 
 
 def verified(run: Run, rows: Rollout) -> Rollout:
@@ -115,26 +121,30 @@ def put(run: Run, rows: Rollout) -> Batch:
     n, t = rows.completions.shape
     c, p = rows.contexts.tokens.shape
     layout = run.layout
-    size = _fit(n, layout.contexts * layout.rows)
+    slots = layout.contexts * layout.sweeps * run.updates  # what a whole step fills: fewer rows do not change a shape
+    size, contexts_size = _fit(n, slots * layout.rows), _fit(c, slots)
     decisions, context_width = _fit(t, layout.decisions), _fit(p, layout.context_width)
-    fill = {"prompt_ids": -1, "group_ids": -1, "update_ids": -1, "behavior_logps": np.nan, "scores": np.nan, "unit_ids": -1}
+    fill = dict.fromkeys(("prompt_ids", "group_ids", "update_ids", "unit_ids"), -1)
+    fill |= dict.fromkeys(("behavior_logps", "scores"), np.nan)
     wide = {"completions", "completion_mask", "behavior_logps", "sampler_logps", "unit_ids"}
 
     def padded(name: str, x: Any) -> np.ndarray:
         x = np.asarray(x)
         shape = [(0, size - n)] + [(0, 0)] * (x.ndim - 1)
-        if name in wide or (x.ndim > 1 and x.shape[1] == t and name not in ("scores",)):
+        if name in wide or (x.ndim > 1 and x.shape[1] == t and name != "scores"):
             shape[1] = (0, decisions - t)
         value = fill.get(name, np.array(0, x.dtype).item())
         return np.pad(x, shape, constant_values=value)
 
-    names = [f for f in Rollout.__dataclass_fields__ if f not in ("contexts", "columns", "role", "channels", "channel_weights")]
+    apart = {"contexts", "columns", "role", "channels", "channel_weights"}
+    names = [field.name for field in dataclasses.fields(Rollout) if field.name not in apart]
     fields = {f: padded(f, getattr(rows, f)) for f in names if getattr(rows, f) is not None}
     fields["weights"] = np.where(fields["completion_mask"].any(axis=1), fields["weights"], 0).astype(np.float32)
+    more = (0, contexts_size - c)
     contexts = Contexts(
-        tokens=np.pad(rows.contexts.tokens, ((0, _fit(c, layout.contexts) - c), (0, context_width - p))),
-        lengths=np.pad(rows.contexts.lengths, (0, _fit(c, layout.contexts) - c)),
-        extras={k: np.pad(v, [(0, _fit(c, layout.contexts) - c)] + [(0, 0)] * (v.ndim - 1)) for k, v in rows.contexts.extras.items()},
+        tokens=np.pad(rows.contexts.tokens, (more, (0, context_width - p))),
+        lengths=np.pad(rows.contexts.lengths, more),
+        extras={k: np.pad(v, [more] + [(0, 0)] * (v.ndim - 1)) for k, v in rows.contexts.extras.items()},
     )
     batch = Batch(
         contexts=contexts,
@@ -184,15 +194,17 @@ class Compiled:
         """`ref` where the method has a reference; `old` where something will ask for it."""
         run = self.run
         if "reference" in run.policies and batch.role == "policy":
-            batch = batch.replace(ref=self._pass(batch, "reference", batch.trained_under))
-        if self._needs_old(batch):
-            batch = batch.replace(old=self._pass(batch, batch.role, batch.sampled_under))
-        return batch
+            batch = batch.replace(ref=self._pass(batch, "reference", "trained_under"))
+        return self.with_old(batch) if self._needs_old(batch) else batch
+
+    def with_old(self, batch: Batch) -> Batch:
+        """`old` from a pass of its own, unless it is there."""
+        return batch if batch.old is not None else batch.replace(old=self._pass(batch, batch.role, "sampled_under"))
 
     def shape(self, batch: Batch, arrays: Any, key: Key) -> tuple[Batch, Any]:
         """rewards, then advantages; jit, global."""
-        rewards, advantages, edited, arrays = self._shape(batch, arrays, key)
-        return batch.replace(rewards=rewards, advantages=advantages, **edited), arrays
+        edited, arrays = self._shape(batch, arrays, key)
+        return batch.replace(**edited), arrays
 
     def update(self, batch: Batch, arrays: Any, rows: np.ndarray, *, first: bool) -> tuple[Policy, dict[str, Any]]:
         run = self.run
@@ -200,11 +212,11 @@ class Compiled:
         step = self._update[batch.role]
         return step(run.policies[batch.role], batch, arrays, part.order, np.int32(part.count), first=first)
 
-    def _pass(self, batch: Batch, role: str, under: jax.Array) -> Decisions:
-        which = "sampled_under" if under is batch.sampled_under else "trained_under"
+    def _pass(self, batch: Batch, role: str, which: str) -> Decisions:
         rows = np.flatnonzero(np.asarray(jax.device_get(batch.prompt_ids)) >= 0)
         part = self._cells(batch, which, rows, self.run.layout.sweeps * self.run.updates)
-        return self._evaluate(self.run.policies[role].params, batch, under, part.order, np.int32(part.count), role=role)
+        under, params = getattr(batch, which), self.run.policies[role].params
+        return self._evaluate(params, batch, under, part.order, np.int32(part.count), role=role)
 
     def _cells(self, batch: Batch, which: str, rows: np.ndarray, capacity: int):
         layout = self.run.layout
@@ -230,16 +242,13 @@ class Compiled:
         evaluate = partial(run.domain.evaluate, role=role, wants=run.method.wants)
         return evaluate_all(lambda p, b: evaluate(p, b), params, batch, under, order, count, run.mesh)
 
-    def _shape_batch(self, batch: Batch, arrays, key: Key):
+    def _shape_batch(self, batch: Batch, arrays: Any, key: Key) -> tuple[dict[str, Any], Any]:
+        """The fields that the two seams fill or edit."""
         m = self.run.method
-        batch = batch.replace(rewards=m.reward(batch, arrays, jax.random.fold_in(key, 0)))
-        after, arrays = m.advantage(batch, arrays, jax.random.fold_in(key, 1))
-        edited = {
-            name: getattr(after, name)
-            for name in ("weights", "group_ids", "completion_mask", "unit_ids", "update_ids", "columns")
-            if getattr(after, name) is not getattr(batch, name)
-        }
-        return batch.rewards, after.advantages, edited, arrays
+        rewards = m.reward(batch, arrays, jax.random.fold_in(key, 0))
+        after, arrays = m.advantage(batch.replace(rewards=rewards), arrays, jax.random.fold_in(key, 1))
+        names = [field.name for field in dataclasses.fields(batch)]
+        return {n: getattr(after, n) for n in names if getattr(after, n) is not getattr(batch, n)}, arrays
 
     def _train_step(self, policy: Policy, batch: Batch, arrays, order, count, *, role: str, first: bool):
         run = self.run
@@ -262,7 +271,17 @@ def follow(policies: dict[str, Policy], roles: Mapping[str, Any], step: int) -> 
 
 @partial(jax.jit, donate_argnums=0)
 def _toward(params: Any, target: Any, rate: float) -> Any:
-    return jax.tree.map(lambda a, b: a + rate * (b - a), params, target)
+    return jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, params, target)  # rate 1 is a copy, to the bit
+
+
+def _check_roles(run: Run, rollouts: Sequence[Rollout]) -> None:
+    roles = [rows.role for rows in rollouts]
+    trained = [name for name, policy in run.policies.items() if policy.optimizer is not None]
+    if len(set(roles)) < len(roles) or not set(roles) <= set(trained):
+        raise ValueError(
+            f"a plan returns one rollout for each policy that it trains, out of {trained}; got rollouts of {roles}. "
+            "Join those of one role with grpo_jax.types.concat"
+        )
 
 
 def _fit(n: int, size: int) -> int:

@@ -25,12 +25,11 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = 
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
         raise ValueError(f"mesh sizes are positive, and at most one is -1 (the rest of the devices); got {sizes}")
-    if free:
+    if free and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
-    if int(np.prod(list(sizes.values()))) != len(devices):
-        raise ValueError(
-            f"the mesh {sizes} needs {int(np.prod(list(sizes.values())))} devices, there are {len(devices)}"
-        )
+    elif free or fixed != len(devices):
+        needed = f"a multiple of {fixed}" if free else f"{fixed}"
+        raise ValueError(f"the mesh {sizes} needs {needed} devices, there are {len(devices)}")
     # Auto axes: the compiler places intermediate values; with explicit ones segment sums over sharded rows are refused.
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 

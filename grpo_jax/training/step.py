@@ -42,10 +42,10 @@ def begin(params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -
     return Policy(params, jax.jit(optimizer.init, out_shardings=places)(params))
 
 
-def rows_at(batch: Batch, under: Int[Array, "N"], order: Int[Array, "C G"]) -> Batch:
+def rows_at(batch: Batch, under: Int[Array, " N"], order: Int[Array, "C G"]) -> Batch:
     """The rows of these cells, laid out in C runs under C contexts. Padding cells weigh nothing and are in no group."""
     flat, real = jnp.maximum(order.reshape(-1), 0), order.reshape(-1) >= 0
-    context = under[jnp.maximum(order[:, 0], 0)]
+    context = under[jnp.maximum(order.max(axis=1), 0)]
     rows = jax.tree.map(lambda x: x[flat], batch.replace(contexts=None))
     here = jnp.repeat(jnp.arange(order.shape[0], dtype=jnp.int32), order.shape[1])
     return rows.replace(
@@ -64,7 +64,7 @@ def evaluate_all(
     evaluate: Evaluate,
     params: PyTree,
     batch: Batch,
-    under: Int[Array, "N"],
+    under: Int[Array, " N"],
     order: Int[Array, "M C G"],
     count,
     mesh: Mesh,
@@ -103,12 +103,17 @@ def train_step(
 
     order, count: the cells of the mini-batch (`deal.lay_out` under `trained_under`). first: whether this is the first
     update since the batch was sampled; then rows trained under the context that they were sampled under take
-    stop_gradient(new) as `old`, so that their ratio is exactly 1. An update in which nothing weighs is not applied.
+    stop_gradient(new) as `old`, so that their ratio is exactly 1. Rows of weight 0 are as if they were not there, and
+    no gradient flows through decisions that are not trained, whatever an objective makes of them.
+
+    An update in which nothing weighs, or whose gradient is not finite, is not applied: the policy stays as it is.
 
     Returns the policy and scalars: loss, grad_norm, applied, and the means of what the objective reports.
+    Raises: ValueError if the objective's loss or what it reports has a shape that cannot be.
     """
     sweeps, cells = order.shape[0], order.shape[1] * order.shape[2]
     context_of = batch.trained_under
+    order = jnp.where((order >= 0) & (batch.weights[jnp.maximum(order, 0)] > 0), order, -1)
     part = _whole(batch, order)
     weights = method.aggregate(part)
     scalar = returns_scalar(method, evaluate, policy.params, batch, context_of, order[0], arrays)
@@ -121,7 +126,7 @@ def train_step(
         rows, w = piece(i)
         new = evaluate(params, rows)
         rows = with_old(rows, new, first)
-        loss, reported = method.objective(new, rows, arrays)
+        loss, reported = method.objective(_through_trained(new, rows), rows, arrays)
         return jnp.where(w > 0, w * loss, 0).sum(), (new, reported)
 
     if scalar:
@@ -132,7 +137,7 @@ def train_step(
 
         decisions = _collect(forward, sweeps, count, cells)
         whole = with_old(part, decisions, first)
-        objective = lambda new: method.objective(new, whole, arrays)  # noqa: E731
+        objective = lambda new: method.objective(_through_trained(new, whole), whole, arrays)  # noqa: E731
         loss, pull, reported = jax.vjp(objective, decisions, has_aux=True)
         (cotangent,) = pull(jnp.ones_like(loss))
 
@@ -162,14 +167,14 @@ def train_step(
             carry = (jnp.zeros((), jnp.float32), zeros, stacked)
             loss, grads, (new, reported) = jax.lax.fori_loop(0, count, sweep, carry)
 
-    total = jnp.where(weights > 0, weights, 0).sum()
-    apply = total > 0
+    norm = optax.global_norm(grads)
+    apply = jnp.any(weights > 0) & jnp.isfinite(norm)
     updates, state = optimizer.update(grads, policy.optimizer, policy.params)
     stepped = Policy(optax.apply_updates(policy.params, updates), state)
     kept = jax.tree.map(lambda a, b: jnp.where(apply, a, b), stepped, policy)
     metrics = {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": norm,
         "applied": apply.astype(jnp.float32),
         **summarise(new, part, reported, first),
     }
@@ -182,13 +187,15 @@ def returns_scalar(method: Method, evaluate: Evaluate, params, batch: Batch, und
     def objective(params):
         rows = rows_at(batch, under, cells)
         new = evaluate(params, rows)
-        return method.objective(new, with_old(rows, new, True), arrays)[0]
+        return method.objective(new, with_old(rows, new, True), arrays)
 
-    shape = jax.eval_shape(objective, params).shape
+    loss, reported = jax.eval_shape(objective, params)
     expected = (cells.size, batch.completions.shape[1])
-    if shape not in ((), expected):
-        raise ValueError(f"an objective returns a scalar or one loss per decision {expected}, got shape {shape}")
-    return shape == ()
+    if loss.shape not in ((), expected):
+        raise ValueError(f"an objective returns a scalar or one loss per decision {expected}, got shape {loss.shape}")
+    if wrong := {name: x.shape for name, x in reported.items() if x.shape != expected}:
+        raise ValueError(f"an objective reports one value per decision {expected}, got {wrong}")
+    return loss.shape == ()
 
 
 def with_old(rows: Batch, new: Decisions, first: bool) -> Batch:
@@ -204,6 +211,15 @@ def with_old(rows: Batch, new: Decisions, first: bool) -> Batch:
         return jnp.where(same.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
     return rows.replace(old=jax.tree.map(choose, now, rows.old))
+
+
+def _through_trained(new: Decisions, rows: Batch) -> Decisions:
+    """The same values, with a gradient through trained decisions only: what lies under the mask may be NaN."""
+
+    def quiet(x):
+        return jnp.where(rows.completion_mask.reshape(*x.shape[:2], *[1] * (x.ndim - 2)), x, jax.lax.stop_gradient(x))
+
+    return jax.tree.map(quiet, new)
 
 
 def summarise(new: Decisions, rows: Batch, reported: dict[str, Array], first: bool) -> dict[str, Array]:

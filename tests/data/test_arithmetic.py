@@ -29,7 +29,7 @@ def test_the_split_is_a_function_of_the_seed():
     assert {row["prompt"] for row in addition(seed=1)[1]} != {row["prompt"] for row in addition(seed=2)[1]}
 
 
-@pytest.mark.parametrize("held_out", [0, 1, 2, 3, 50, 120])
+@pytest.mark.parametrize("held_out", [0, 1, 2, 3, 50, 80])
 def test_small_tasks_and_exact_sizes(held_out):
     train, test = addition(largest=10, largest_sum=20, held_out=held_out)
     assert (len(train), len(test)) == (121 - held_out, held_out)

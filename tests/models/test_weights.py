@@ -53,6 +53,7 @@ def test_export_writes_the_tensors_it_was_given_and_loads_back(name, tmp_path):
 def test_a_model_from_scratch_is_exported_with_its_configuration(tmp_path):
     _, params = create(CONFIG, jax.random.key(0))
     export(tmp_path / "deep" / "out", CONFIG, params)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
     config, _, loaded = load(tmp_path / "deep" / "out")
     assert config == CONFIG and same(loaded, params)
     raw = json.loads((tmp_path / "deep" / "out" / "config.json").read_text())
@@ -63,7 +64,9 @@ def test_a_model_from_scratch_is_exported_with_its_configuration(tmp_path):
 def test_dtypes(tmp_path):
     _, params = create(CONFIG, jax.random.key(0))
     export(tmp_path / "half", CONFIG, params, dtype=jnp.bfloat16)
-    assert {x.dtype for x in load_file(tmp_path / "half" / "model.safetensors").values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert {x.dtype for x in load_file(tmp_path / "half" / "model.safetensors").values()} == {
+        np.dtype(ml_dtypes.bfloat16)
+    }
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     wide, narrow = load(tmp_path / "half")[2], load(tmp_path / "half", dtype=jnp.bfloat16)[2]
     assert {x.dtype for x in jax.tree.leaves(wide)} == {np.dtype("float32")}

@@ -83,6 +83,7 @@ def test_extraction_takes_linear_time(text):
         (r"\boxed{8} and \boxed{9", "8"),
         (r"\boxed{a \text{ or } b}", r"a \text{ or } b"),
         (r"} \boxed{3} }", "3"),
+        (r"\boxed{\boxed{7}}", "7"),
         (r"\boxed{9", None),
         ("boxed{9}", None),
     ],
