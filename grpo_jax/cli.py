@@ -194,7 +194,7 @@ def show_config(options: argparse.Namespace) -> int:
 
 
 def _open(target: str, step: int | None, overrides: Sequence[str] = ()):
-    """The experiment of a run's directory, with its checkpoint's parameters, or of a configuration, with the model's."""
+    """The experiment of a run's directory with its checkpoint's parameters, or of a configuration with the model's."""
     from grpo_jax.experiment import CONFIG_FILE, Experiment
     from grpo_jax.training.configuration import load_config
 

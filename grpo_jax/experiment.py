@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +18,13 @@ from grpo_jax.training import assemble, metrics, progress
 from grpo_jax.training.checkpoints import Checkpoints
 from grpo_jax.training.configuration import Config, load_config, parse, to_yaml
 from grpo_jax.training.evaluation import Evaluation, evaluate_prompts
+from grpo_jax.training.instruments import CompileCounter
 from grpo_jax.training.loop import Run, fold, iterate
 from grpo_jax.training.optimizer import optimizer as make_optimizer
 from grpo_jax.training.recording import Recorder
 from grpo_jax.training.report import figure, report
 from grpo_jax.training.step import Policy, begin
+from grpo_jax.training.stopping import StopSignal
 from grpo_jax.types import Method, Prompt, Request, Rollout, State
 
 CONFIG_FILE = "config.yaml"
@@ -87,7 +87,7 @@ class Experiment:
         self.layout = assemble.layout_of(
             config, self.model.mesh, group_size=config.batch.group_size, prompts=config.batch.prompts
         )
-        self.compiled = metrics.CompileCounter()
+        self.compiled = CompileCounter()
         self.run: Run | None = None
         self.numbers: dict[str, float] = {}
         self.evaluations: dict[int, dict[str, float]] = {}
@@ -95,7 +95,7 @@ class Experiment:
     # ---- the run ---------------------------------------------------------------------------------------------------
 
     def train(self, steps: int | None = None, *, quiet: bool = False) -> dict[str, float]:
-        """Train to `steps` (default: the configured number) and return the last evaluation's numbers, or the last step's.
+        """Train to `steps` (default: the configured number); return the last evaluation's numbers, or the last step's.
 
         Resumes by itself from the newest checkpoint of the run's directory. Evaluates before the first step and after
         the last, writes metrics, sampled groups and checkpoints on the way, and the report at the end. On an error, on
@@ -120,7 +120,7 @@ class Experiment:
             if self.run is None:
                 params = self._warm_up(writer, console)
                 self.begin(params)
-            with _StopSignal() as stop, progress.Progress(steps, "training", start=first, enabled=console) as bar:
+            with StopSignal() as stop, progress.Progress(steps, "training", start=first, enabled=console) as bar:
                 self._loop(steps, writer, bar, stop)
         self._finish(say, steps)
         return self.evaluations.get(self.run.state.step, self.numbers)
@@ -146,7 +146,7 @@ class Experiment:
         return self.run
 
     def resume(self, step: int | None = None) -> bool:
-        """Continue from a checkpoint (default: the newest). Parameters, optimiser, method state and the pool's position."""
+        """Continue from a checkpoint (default: the newest): policies, method state and the place in the prompts."""
         step = self.checkpoints.latest() if step is None else step
         if step is None:
             raise FileNotFoundError(f"there is no checkpoint in {self.checkpoints.directory} to resume from")
@@ -156,8 +156,8 @@ class Experiment:
         arrays, host = self.checkpoints.restore(step, like)
         if host["seed"] != self.config.seed:
             raise ValueError(
-                f"the checkpoints in {self.directory} are of seed {host['seed']}, the configuration says {self.config.seed}: "
-                "choose another directory or the same seed"
+                f"the checkpoints in {self.directory} are of seed {host['seed']}, the configuration says "
+                f"{self.config.seed}: choose another directory or the same seed"
             )
         run.policies = dict(arrays["policies"])
         run.state = State(host["step"], arrays["arrays"], host["host"])
@@ -182,7 +182,7 @@ class Experiment:
             run.state.step, {"policies": run.policies, "arrays": run.state.arrays}, host, metric=score
         )
 
-    def _loop(self, steps: int, writer: metrics.Metrics, bar: progress.Progress, stop: _StopSignal) -> None:
+    def _loop(self, steps: int, writer: metrics.Metrics, bar: progress.Progress, stop: StopSignal) -> None:
         run, config = self.run, self.config
         every, first = max(1, steps // GROUPS_KEPT), run.state.step
         run.log = recorder = Recorder(
@@ -198,25 +198,16 @@ class Experiment:
         self.compiled.lap()
         while True:
             step = run.state.step
-            done = step >= steps or stop.asked
-            if (
-                self.held_out
-                and step not in self.evaluations
-                and (step == 0 or done or _due(step, config.evaluation.every))
-            ):
-                with run.clock("evaluate"):
-                    evaluation = self.evaluate()
-                self.evaluations[step] = evaluation.numbers
-                writer.log(step, evaluation.numbers, kind="eval")
-                bar.update(step, **{k: v for k, v in evaluation.numbers.items() if k == "pass@1"})
-            if done or _due(step, config.checkpoint.every) or (step == 0 and config.warmup):
-                with run.clock("checkpoint"):
-                    self.save()
-            if done:
-                self.checkpoints.wait()
-                return
-            position = self.pool.state()
+            finished, position = step >= steps, self.pool.state()
             try:
+                if step == 0 or finished or _due(step, config.evaluation.every):
+                    self._evaluate_once(step, writer, bar)
+                if finished or stop.asked or _due(step, config.checkpoint.every) or (step == 0 and config.warmup):
+                    with run.clock("checkpoint"):
+                        self.save()
+                if finished or stop.asked:
+                    self.checkpoints.wait()
+                    return
                 iterate(run)
             except BaseException as error:
                 self._rescue(step, position, error)
@@ -225,13 +216,22 @@ class Experiment:
             self.numbers = recorder.write(step, rate, failures, groups=step % every == 0, settled=step > first + 1)
             bar.update(step + 1, **self.numbers)
 
+    def _evaluate_once(self, step: int, writer: metrics.Metrics, bar: progress.Progress) -> None:
+        if not self.held_out or step in self.evaluations:
+            return
+        with self.run.clock("evaluate"):
+            numbers = self.evaluate().numbers
+        self.evaluations[step] = numbers
+        writer.log(step, numbers, kind="eval")
+        bar.update(step, **{"pass@1": numbers["pass@1"]})
+
     def _rescue(self, step: int, position: Mapping[str, Any], error: BaseException) -> None:
         alive = not any(x.is_deleted() for x in jax.tree.leaves(self.run.policies))
         if alive and self.run.state.step == step:
             self.save(pool=position)
             self.checkpoints.wait()
             error.add_note(
-                f"The state after step {step} is saved in {self.checkpoints.directory}; the same command goes on from it."
+                f"The state after {step} steps is in {self.checkpoints.directory}; the same command goes on from there."
             )
 
     # ---- looking at it ---------------------------------------------------------------------------------------------
@@ -309,7 +309,9 @@ class Experiment:
         section = self.config.warmup
         if section is None:
             return None
-        pool = assemble.open_pool(self.config, self.demonstrations, self.model.tokenizer, shuffle=section.shuffle)
+        pool = assemble.open_pool(
+            self.config, self.demonstrations, self.model.tokenizer, shuffle=section.source != "demonstrations"
+        )
         method = methods.resolve("sft", options={}, settings={"prompts": section.prompts})
         transform, _ = make_optimizer(section.optimizer, section.steps)
         params = self.model.params
@@ -371,7 +373,7 @@ class Experiment:
         ]
         if changed:
             raise ValueError(
-                f"{self.directory} holds a run with other values of {', '.join(changed)}: a resumed run is the same run. "
+                f"{self.directory} holds a run with another {', '.join(changed)}; a resumed run is the same run. "
                 "Choose another name or directory, or the configuration that is saved there (config.yaml)"
             )
         self._write_config()
@@ -394,8 +396,11 @@ class Experiment:
             if before and after:
                 names = [n for n in before if n in after]
                 progress.table("held-out", ["", "before", "after"], [[n, before[n], after[n]] for n in names])
-            if run.state.step:
-                self.group()
+            sampled = metrics.read_samples(self.directory)
+            if sampled:
+                telling = [g for g in sampled if any(g["advantages"])] or sampled
+                last = telling[-1]
+                progress.group_table(last["prompt"], last["completions"], last["rewards"], last["advantages"])
             print(f"curves      {png}\nreport      {html}\ncheckpoint  {self.checkpoints.directory}/{run.state.step}")
         if run.state.step < steps:
             say(f"stopped at step {run.state.step} of {steps}; the same command goes on from there")
@@ -407,21 +412,3 @@ def _abstract(x: Any) -> Any:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
-
-
-class _StopSignal:
-    """SIGTERM (a preemption, a scheduler) asks for a stop after the step in hand."""
-
-    asked = False
-
-    def __enter__(self) -> _StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True

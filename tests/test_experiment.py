@@ -1,4 +1,4 @@
-"""A run from configuration to report: resume bit for bit, stop cleanly, refuse what cannot be, export, custom rewards."""
+"""A run from configuration to report: it resumes bit for bit, stops cleanly, and refuses what cannot be."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def leaves(experiment: Experiment) -> list[np.ndarray]:
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
-    """Ten steps straight equal some steps, SIGKILL in the middle of a step, and the rest: parameters, optimiser, metrics."""
+    """Ten steps straight equal some steps, SIGKILL in the middle of one, and the rest: parameters, optimiser, metrics."""
     straight = Experiment(config(tmp_path / "straight"))
     straight.train()
 
@@ -114,7 +114,7 @@ def test_a_reward_that_raises_stops_the_run_with_its_checkpoint(tmp_path):
     experiment = Experiment(config(tmp_path, evaluation={"prompts": 1, "every": 0}), reward_functions=[reward])
     with pytest.raises(RewardError, match="reward") as caught:
         experiment.train()
-    assert "saved in" in "".join(caught.value.__notes__)
+    assert "the same command goes on" in "".join(caught.value.__notes__)
     assert experiment.checkpoints.latest() == 3
     again = Experiment(
         config(tmp_path, evaluation={"prompts": 1, "every": 0}),
@@ -146,7 +146,7 @@ def test_sigterm_stops_after_the_step_in_hand(tmp_path):
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
     Experiment(config(tmp_path)).train(steps=2)
-    with pytest.raises(ValueError, match="other values of optimizer"):
+    with pytest.raises(ValueError, match="another optimizer"):
         Experiment(config(tmp_path, optimizer={"learning_rate": 1e-3})).train()
 
 

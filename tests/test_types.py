@@ -213,6 +213,7 @@ def test_concat_stores_equal_contexts_once():
 
 def test_concat_tells_a_prefix_from_the_whole_context():
     one = rollout(contexts=1)
+    one.contexts.tokens[0, one.contexts.lengths[0] - 1] = 0  # a real token that looks like padding
     short = Contexts(tokens=one.contexts.tokens.copy(), lengths=one.contexts.lengths - 1)
     assert len(concat(one, one.replace(contexts=short)).contexts.lengths) == 2
 

@@ -79,6 +79,6 @@ def clipped(
     low, high = losses.clip_events(ratio, batch.advantages, low=clip_low, high=clip_high)
     reported = {"ratio": ratio, "clip_low": low, "clip_high": high}
     if kl:
-        reported["kl"] = losses.kl.k3(new.logps, batch.ref.logps)
-        loss = loss + kl * reported["kl"]
+        loss = loss + kl * losses.kl.k3(new.logps, batch.ref.logps)
+        reported["kl"] = losses.kl.k1(new.logps, batch.ref.logps)  # the same mean, without k3's rare huge values
     return loss, reported

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: model, tokenizer, prompts, rewards, and what is derived from the batch."""
+"""From a configuration to the parts of a run: model, tokenizer, prompts, rewards, and the shapes that follow."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def load_model(path: str | Path, *, tokenizer: str | None = None, mesh: Mesh | N
     chosen = data.load_tokenizer(tokenizer or folder)
     if chosen.vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer {tokenizer or folder} has {chosen.vocab_size} ids, but the model {path} only {config.vocab_size}: "
-            "give the tokenizer that belongs to the model (data.tokenizer)"
+            f"the tokenizer {tokenizer or folder} has {chosen.vocab_size} ids, but the model {path} has only "
+            f"{config.vocab_size}: give the tokenizer that belongs to the model (data.tokenizer)"
         )
     return Model(config, graphdef, params, chosen, mesh)
 
@@ -56,9 +56,6 @@ def tiny_model(config: Config, mesh: Mesh) -> Model:
     tokenizer = data.load_tokenizer(config.data.tokenizer or "bytes")
     sizes = config.model.tiny
     shape = models.TransformerConfig(
-        family="qwen3",
-        query_key_norm=True,
-        qkv_bias=False,
         vocab_size=tokenizer.vocab_size,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.mlp,
@@ -130,7 +127,7 @@ def open_pool(
 
 
 class Sources(NamedTuple):
-    """Where prompts come from: training, held-out (or None), and demonstrations for the supervised warm-up (or None)."""
+    """Where prompts come from; held-out prompts and demonstrations for the supervised warm-up may be None."""
 
     train: Any
     held_out: Any
@@ -144,7 +141,8 @@ def sources(config: Config, prompts: Any = None) -> Sources:
         train, held_out = data.addition(**{"seed": config.seed, **config.data.options})
         made = None
         if warmup is not None and warmup.source == "demonstrations":
-            made = data.demonstrations(train, **{"seed": config.seed, **warmup.options})
+            count = warmup.steps * warmup.prompts
+            made = data.demonstrations(train, **{"seed": config.seed, "count": count, **warmup.options})
         elif warmup is not None:
             made = _plain(warmup.source)
         return Sources(train, _plain(evaluation.source) or held_out, made)
@@ -236,7 +234,7 @@ def _local(path: str | Path) -> str:
         return snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
     except Exception as error:
         raise FileNotFoundError(
-            f"{path} is no directory, and as a hub name it could not be had: {error}. Give the path of a Hugging Face directory"
+            f"{path} is no directory, and as a hub name it could not be had: {error}. Give the path of a directory"
         ) from error
 
 

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from grpo_jax.training.deal import Layout, deal, lay_out
 from grpo_jax.training.inspection import check_rollout, check_update
+from grpo_jax.training.instruments import Clock
 from grpo_jax.training.mesh import replicate
-from grpo_jax.training.metrics import Clock
 from grpo_jax.training.step import Policy, evaluate_all, train_step
 from grpo_jax.types import Batch, Contexts, Decisions, Domain, Key, Method, Prompt, Rollout, State
 
@@ -222,8 +222,9 @@ class Compiled:
         layout = self.run.layout
         under = np.asarray(jax.device_get(getattr(batch, which)))
         counts = np.unique(under[rows], return_counts=True)[1]
-        if len(counts) and counts.max() == 1 and layout.rows > 1:  # every row has a context of its own
-            layout, capacity = layout._replace(rows=1), 1
+        lone = len(counts) > layout.contexts * capacity and counts.max() == 1
+        if lone and layout.rows > 1:  # every row has a context of its own, and wide cells would be mostly empty
+            layout, capacity = layout._replace(rows=1), capacity * layout.rows
         return lay_out(under, rows, layout, capacity=capacity)
 
     def _needs_old(self, batch: Batch) -> bool:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from grpo_jax.training.inspection import describe_batch
-from grpo_jax.training.metrics import Clock, CompileCounter, Metrics, memory
+from grpo_jax.training.instruments import Clock, CompileCounter, memory
+from grpo_jax.training.metrics import Metrics
 from grpo_jax.types import Batch, Prompt
 
 Reports = Sequence[Mapping[str, Any]]
@@ -28,6 +29,7 @@ class Recorder:
     prompt: Callable[[int], Prompt]
     decode: Callable[[Any], str]
     batches: list[tuple[Batch, Reports]] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
 
     def __call__(self, batch: Batch, reports: Reports) -> None:
         """A batch, and what each of its updates reported."""
@@ -84,8 +86,14 @@ class Recorder:
         }
 
     def _warn(self, step: int, described: Mapping[str, float], named: Mapping[str, list[int]]) -> None:
+        """Say aloud what the record shows in every step, the first time that it happens."""
+        warnings = {}
         if described.get("no_signal") == 1.0:
             ids = ", ".join(map(str, named["no_signal"][:4]))
-            self.note(f"step {step}: all completions of each prompt score alike ({ids}, …): no group carries signal")
+            warnings["no_signal"] = f"no group carries signal: all completions of each prompt score alike ({ids}, …)"
         if described["truncated"] > self.truncated_limit:
-            self.note(f"step {step}: {described['truncated']:.0%} of the completions were cut off at sampling.max_new")
+            share = f"{described['truncated']:.0%}"
+            warnings["truncated"] = f"{share} of the completions were cut off at sampling.max_new"
+        for kind in warnings.keys() - self.warned:
+            self.warned.add(kind)
+            self.note(f"step {step}: {warnings[kind]} (said once; {kind} in metrics.jsonl has every step)")

@@ -153,7 +153,6 @@ class WarmupSection(Section):
     )
     steps: Count = Field(200, description="supervised updates before the first rollout")
     prompts: Count = Field(64, description="examples per update")
-    shuffle: bool = Field(True, description="shuffle the examples each epoch, by the seed")
     optimizer: SupervisedOptimizerSection = Field(
         SupervisedOptimizerSection(), description="the optimizer of the supervised updates"
     )

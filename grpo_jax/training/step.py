@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.training.mesh import by_rows
@@ -30,16 +30,20 @@ class Policy(NamedTuple):
 
 
 def begin(params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> Policy:
-    """A policy that is about to be trained; the optimiser's state lies on the mesh as the parameters do."""
+    """A policy that is about to be trained. What the optimiser keeps of a parameter lies on the mesh as it does."""
     everywhere = NamedSharding(mesh, PartitionSpec())
-    places = optax.tree.map_params(
-        optimizer,
-        lambda _, place: place,
-        jax.eval_shape(optimizer.init, params),
-        jax.tree.map(lambda x: x.sharding, params),
-        transform_non_params=lambda _: everywhere,
-    )
-    return Policy(params, jax.jit(optimizer.init, out_shardings=places)(params))
+    places = {
+        (tuple(map(str, path)), x.shape): x.sharding for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    longest = max(len(path) for path, _ in places)
+
+    def place(path: tuple, x: jax.ShapeDtypeStruct) -> Sharding:
+        names = tuple(map(str, path))
+        ends = (names[-n:] for n in range(longest, 0, -1))  # the state nests the parameters' tree, somewhere
+        return next((places[end, x.shape] for end in ends if (end, x.shape) in places), everywhere)
+
+    state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
+    return Policy(params, jax.jit(optimizer.init, out_shardings=state)(params))
 
 
 def rows_at(batch: Batch, under: Int[Array, " N"], order: Int[Array, "C G"]) -> Batch:

@@ -90,9 +90,9 @@ def make(name: str, path: Path, seed: int) -> dict[str, np.ndarray]:
                 centre = 1.0 if "norm" in key and not kind.startswith("gemma") else 0.0
                 weight.copy_(centre + 0.3 * torch.randn_like(weight))
             elif "embed_tokens" in key:
-                weight.copy_(torch.randn_like(weight) * (0.4 if kind.startswith("gemma") else 1.0))
+                weight.copy_(torch.randn_like(weight) * (0.4 if model.config.tie_word_embeddings else 1.0))
             else:
-                weight.copy_(torch.randn_like(weight) * 1.5 * weight.shape[1] ** -0.5)
+                weight.copy_(torch.randn_like(weight) * 1.2 * weight.shape[1] ** -0.5)
     model.save_pretrained(path)
     return expected(path, seed)
 

@@ -213,7 +213,7 @@ def test_logps_are_those_of_what_was_drawn_from_and_of_the_policy(name, drawn, o
 def test_rows_are_independent(drawn):
     """First tokens of rows that differ in the index only, and of neighbouring prompts, are uncorrelated."""
     first = drawn[0].tokens[:3, :, 0]
-    for a, b in [(first[0, :-1], first[0, 1:]), (first[0], first[1])]:
+    for a, b in [(first[0, :-1], first[0, 1:]), (first[0], first[1]), (first[0, 1:], first[1, :-1])]:
         table = np.zeros((V, V))
         np.add.at(table, (a, b), 1)
         table = table[table.sum(1) > 80][:, table.sum(0) > 80]

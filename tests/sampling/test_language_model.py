@@ -10,8 +10,8 @@ import pytest
 
 from grpo_jax.models import TransformerConfig, create, evaluate, logical_axes, shardings
 from grpo_jax.sampling import LanguageModel, cast
+from grpo_jax.training.instruments import CompileCounter
 from grpo_jax.training.mesh import make_mesh
-from grpo_jax.training.metrics import CompileCounter
 from grpo_jax.types import Contexts, Prompt, Request, concat, regroup
 
 CONFIG = TransformerConfig(
@@ -200,6 +200,13 @@ def test_alone_or_among_others_in_any_order(reference):
     rows = sample([others[0], *asked(count=7)[::-1], *others[1:]])
     keep = np.isin(rows.prompt_ids, [p.id for p in PROMPTS]) & (rows.index < 4)
     assert_same_rows(rows.take(keep), reference)
+
+
+def test_rows_come_back_in_the_order_they_were_asked_for(reference):
+    rows = sample([Request(p) for _ in range(4) for p in PROMPTS])
+    np.testing.assert_array_equal(rows.prompt_ids, np.tile([p.id for p in PROMPTS], 4))
+    assert_same_rows(rows, reference)
+    np.testing.assert_allclose(rows.sampler_logps, evaluated(rows, rows.sampled_under) * rows.exists, atol=1e-4)
 
 
 def test_several_launches_do_not_matter(reference):

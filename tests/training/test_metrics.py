@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.training import metrics as metrics_module
-from grpo_jax.training.metrics import Clock, CompileCounter, Metrics, memory, read_metrics, read_samples
+from grpo_jax.training import instruments
+from grpo_jax.training.instruments import Clock, CompileCounter, memory
+from grpo_jax.training.metrics import Metrics, read_metrics, read_samples
 
 
 def lines(path):
@@ -227,7 +228,7 @@ class Hand:
 
     def __init__(self, monkeypatch):
         self.now = 100.0
-        monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(instruments.time, "perf_counter", lambda: self.now)
 
     def pass_time(self, seconds):
         self.now += seconds

@@ -34,16 +34,17 @@ PROGRAMS = {}  # compiled once for all tests; the objects that a key names stay 
 
 
 @pytest.fixture(autouse=True)
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
+def quick_to_compile(request):
+    """Without most optimizations, unless a test asks for them: what is exact must stay so."""
+    optimized = "optimized" in request.fixturenames
+    jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
-def optimized(quick_to_compile):
-    """As in a real run: what is exact must be so whatever the compiler reorders."""
-    jax.config.update("jax_disable_most_optimizations", False)
+def optimized():
+    PROGRAMS.clear()
 
 
 @pytest.fixture(params=FORMS)
@@ -57,7 +58,7 @@ def published(name, **options):
 
 
 def program(make, *parts):
-    key = (make.__name__, *map(id, parts), jax.config.jax_disable_most_optimizations)
+    key = (make.__name__, *map(id, parts))
     if key not in PROGRAMS:
         PROGRAMS[key] = jax.jit(make(*parts)), parts
     return PROGRAMS[key][0]
@@ -108,7 +109,7 @@ def identical(got, expected):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-# ---- one answer, however it is computed --------------------------------------------------------------------------------
+# ---- one answer, however it is computed ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("layout", "first"), [(name, True) for name in LAYOUTS] + [("four, groups cut", False)])
@@ -239,51 +240,7 @@ def test_evaluate_all_keeps_the_order_of_the_batch(toy):
             np.testing.assert_allclose(got.logps[i, : len(tokens)], expected, atol=2e-6)
 
 
-# ---- promise 1: on policy means ratio 1 ---------------------------------------------------------------------------------
-
-
-def reporting_ratio():
-    """GRPO that reports, per decision, whether the ratio is exactly 1 and its logarithm's distance from a column."""
-
-    def objective(new, batch, arrays):
-        ratio = losses.token_ratio(new.logps, batch.old.logps)
-        loss, _ = plain.clipped(ratio, new, batch, clip_low=0.2, clip_high=0.2)
-        plain_row = (batch.sampled_under == batch.trained_under)[:, None]
-        expected = new.logps - batch.columns["old"]
-        return loss, {
-            "ratio": ratio,
-            "one_where_plain": jnp.where(plain_row, ratio == 1, 1.0),
-            "off": jnp.abs(jnp.log(ratio) - jnp.where(plain_row & batch.columns["first"][:, None], 0, expected)),
-        }
-
-    return plain.grpo(prompts=6, group_size=4).replace(objective=objective)
-
-
-@pytest.mark.parametrize("layout", ["one micro-batch", "four, groups cut"])
-def test_first_update_has_ratio_exactly_one(toy, layout, optimized):
-    """Though `old` holds other numbers: only rows sampled under another context, and later updates, take those."""
-    batch, method = toy.batch(toy.rollout(hinted=(1, 5))), reporting_ratio()
-    for first in (True, False):
-        columns = {"old": batch.old.logps, "first": jnp.full(len(batch), first)}
-        _, metrics = run(method, toy, batch.replace(columns=columns), LAYOUTS[layout], first=first)
-        assert (float(metrics["one_where_plain"]) == 1.0) == first
-        assert float(metrics["off"]) < 1e-6
-        assert float(metrics["ratio_max"]) != 1.0
-    for old in (batch.old, None):
-        pure = toy.batch(toy.rollout()).replace(old=old)
-        _, metrics = run(FORMS["per decision"], toy, pure, LAYOUTS[layout])
-        assert [float(metrics[k]) for k in ("ratio_p01", "ratio_p99", "ratio_max")] == [1.0, 1.0, 1.0]
-
-
-def test_old_of_a_first_update_has_no_gradient(toy):
-    batch = toy.batch(toy.rollout())
-    tokens = batch.contexts.tokens[batch.trained_under]
-    rows = batch.replace(contexts=Contexts(tokens=tokens, lengths=batch.lengths))
-    gradient = jax.grad(lambda p: with_old(rows, toy.evaluate(p, rows, wants=("entropy",)), True).old.logps.sum())
-    assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient(toy.parameters())))
-
-
-# ---- weights ------------------------------------------------------------------------------------------------------------
+# ---- weights ---------------------------------------------------------------------------------------------
 
 DECAYING = optax.adamw(0.1, weight_decay=0.3)
 
@@ -347,7 +304,7 @@ def test_weight_c_is_c_rows(toy, name):
     assert float(numbers["grad_norm"]) > 1e-4
 
 
-# ---- what must not be seen ----------------------------------------------------------------------------------------------
+# ---- what must not be seen -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["grpo", "mc_grpo", "gspo", "rloo", "guide_grpo", "disco"])
@@ -464,3 +421,47 @@ def test_a_batch_is_a_policy_free_thing(toy):
     same(after.params["a"], expected.params)
     identical(after.params["unused"], nested.params["unused"])
     assert isinstance(batch, Batch)
+
+
+# ---- promise 1: on policy means ratio 1 ------------------------------------------------------------------
+
+
+def reporting_ratio():
+    """GRPO that reports, per decision, whether the ratio is exactly 1 and its logarithm's distance from a column."""
+
+    def objective(new, batch, arrays):
+        ratio = losses.token_ratio(new.logps, batch.old.logps)
+        loss, _ = plain.clipped(ratio, new, batch, clip_low=0.2, clip_high=0.2)
+        plain_row = (batch.sampled_under == batch.trained_under)[:, None]
+        expected = new.logps - batch.columns["old"]
+        return loss, {
+            "ratio": ratio,
+            "one_where_plain": jnp.where(plain_row, ratio == 1, 1.0),
+            "off": jnp.abs(jnp.log(ratio) - jnp.where(plain_row & batch.columns["first"][:, None], 0, expected)),
+        }
+
+    return plain.grpo(prompts=6, group_size=4).replace(objective=objective)
+
+
+@pytest.mark.parametrize("layout", ["one micro-batch", "four, groups cut"])
+def test_first_update_has_ratio_exactly_one(toy, layout, optimized):
+    """Though `old` holds other numbers: only rows sampled under another context, and later updates, take those."""
+    batch, method = toy.batch(toy.rollout(hinted=(1, 5))), reporting_ratio()
+    for first in (True, False):
+        columns = {"old": batch.old.logps, "first": jnp.full(len(batch), first)}
+        _, metrics = run(method, toy, batch.replace(columns=columns), LAYOUTS[layout], first=first)
+        assert (float(metrics["one_where_plain"]) == 1.0) == first
+        assert float(metrics["off"]) < 1e-6
+        assert float(metrics["ratio_max"]) != 1.0
+    for old in (batch.old, None):
+        pure = toy.batch(toy.rollout()).replace(old=old)
+        _, metrics = run(FORMS["per decision"], toy, pure, LAYOUTS[layout])
+        assert [float(metrics[k]) for k in ("ratio_p01", "ratio_p99", "ratio_max")] == [1.0, 1.0, 1.0]
+
+
+def test_old_of_a_first_update_has_no_gradient(toy):
+    batch = toy.batch(toy.rollout())
+    tokens = batch.contexts.tokens[batch.trained_under]
+    rows = batch.replace(contexts=Contexts(tokens=tokens, lengths=batch.lengths))
+    gradient = jax.grad(lambda p: with_old(rows, toy.evaluate(p, rows, wants=("entropy",)), True).old.logps.sum())
+    assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient(toy.parameters())))
