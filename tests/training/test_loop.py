@@ -16,7 +16,7 @@ from grpo_jax.training.deal import Layout
 from grpo_jax.training.inspection import RolloutError, UpdateError
 from grpo_jax.training.instruments import CompileCounter
 from grpo_jax.training.loop import Run, collect, fold, iterate, put, verified
-from grpo_jax.training.mesh import make_mesh
+from grpo_jax.training.mesh import make_mesh, replicate
 from grpo_jax.training.step import Policy, begin
 from grpo_jax.types import Contexts, Prompt, Request, Role, Rollout, State, concat
 
@@ -114,9 +114,9 @@ class Verifier:
 
 def make(toy, method, *, prompts=4, group_size=3, updates=1, seed=0, optimizer=None, sweeps=1, roles=None):
     optimizer = optimizer or optax.sgd(0.5, momentum=0.9)
-    policies = {"policy": begin(toy.parameters(), optimizer, MESH)}
+    policies = {"policy": begin(replicate(toy.parameters(), MESH), optimizer, MESH)}
     for name, role in method.roles.items():
-        params = jax.tree.map(jnp.copy, toy.parameters(5))
+        params = replicate(toy.parameters(5), MESH)
         policies[name] = begin(params, optimizer, MESH) if role.train else Policy(params)
     sampler, verifier, logged = Sampler(), Verifier(), []
     run = Run(
