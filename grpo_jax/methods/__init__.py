@@ -37,7 +37,7 @@ def resolve(name: str, *, options: Mapping[str, Any], settings: Mapping[str, Any
         near = difflib.get_close_matches(unknown[0], known, 1)
         raise ValueError(
             f"method {name!r} has no option {unknown[0]!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            + (f"; did you mean {near[0]!r}?" if near else ".")
             + f" Its options are {sorted(known)}"
         )
     wanted = {k: v for k, v in settings.items() if k in parameters}
@@ -57,6 +57,6 @@ def _factory(name: str) -> Callable[..., Method]:
         return getattr(module, function)
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"there is no method {name!r}{hint} Known: {', '.join(names())}, or path/to/file.py:function")
     return getattr(importlib.import_module(f"{__name__}.{name}"), name)

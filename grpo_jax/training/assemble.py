@@ -56,6 +56,9 @@ def tiny_model(config: Config, mesh: Mesh) -> Model:
     tokenizer = data.load_tokenizer(config.data.tokenizer or "bytes")
     sizes = config.model.tiny
     shape = models.TransformerConfig(
+        family="qwen3",
+        query_key_norm=True,
+        qkv_bias=False,
         vocab_size=tokenizer.vocab_size,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.mlp,
