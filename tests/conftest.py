@@ -4,7 +4,9 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# The programs of tests run for milliseconds and compile for seconds, so little is spent on optimising them.
+FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # many tests run the same small programs
     cache = tempfile.TemporaryDirectory(prefix="grpo_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name

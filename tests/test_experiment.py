@@ -33,7 +33,7 @@ SMALL = {
     "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
     "metrics": {"console": False, "tensorboard": False},
 }
-ONE_DEVICE = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+ONE_DEVICE = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 @pytest.fixture(autouse=True)

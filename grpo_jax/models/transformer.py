@@ -22,6 +22,9 @@ from grpo_jax.models.layers import Layer, Weights, norm
 from grpo_jax.types import Key, PyTree
 
 
+UNROLLED = 2  # so few layers compile faster without a loop, and run faster: nothing is stacked for the backward pass
+
+
 class KeysValues(NamedTuple):
     """Keys and values of all layers: of contexts [L, C, P, Hkv, D], or of the rows' own tokens [L, C, G, T, Hkv, D]."""
 
@@ -194,7 +197,8 @@ class Transformer(nnx.Module):
             return layer(nnx.merge(graphdef, weights), setting, carry, extra)
 
         body = jax.checkpoint(body, prevent_cse=False) if remat else body
-        return jax.lax.scan(body, carry, (nnx.to_pure_dict(weights), setting, extra))
+        inputs = (nnx.to_pure_dict(weights), setting, extra)
+        return jax.lax.scan(body, carry, inputs, unroll=config.num_layers <= UNROLLED)
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef, PyTree]:

@@ -232,6 +232,16 @@ def test_disco_counts_groups_that_teach_nothing(make):
     assert float(loss) == pytest.approx(1e3 * (0.02 - 1e-4) * 0.02, rel=1e-4)
 
 
+def test_disco_does_not_see_rows_of_weight_zero(make):
+    """Without its right answers a question teaches nothing; rows of weight 2 count twice."""
+    batch = make.batch(RIGHT, old=DISCO_OLD, mask=DISCO_MASK, weights=[0, 1, 1, 0])
+    loss, gradient = value(resolve("disco", penalty=0.0), batch, CASE_A)
+    assert float(loss) == 0.0 and not np.asarray(gradient).any()
+    batch = make.batch(RIGHT, old=DISCO_OLD, mask=DISCO_MASK, weights=[2, 1, 1, 1])
+    loss, _ = value(resolve("disco", penalty=0.0, tau=np.inf), batch, CASE_A)
+    assert float(loss) == pytest.approx(-((-0.4 * 2 - 0.2) / 3 - (-0.4 - 0.75) / 2), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

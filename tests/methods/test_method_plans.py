@@ -13,8 +13,8 @@ class Script:
     written: (prompt id, hinted) -> scores of its group; requests hinted by a context get True.
     """
 
-    def __init__(self, make, written, prompts=range(100), columns=None):
-        self.make, self.written = make, written
+    def __init__(self, make, written, prompts=range(100), columns=None, weight=1.0):
+        self.make, self.written, self.weight = make, written, weight
         self.prompts = iter([Prompt(i, f"prompt {i}", (columns or {}).get(i, {"hint": f"hint {i}"})) for i in prompts])
         self.asked, self.scored, self.draws = [], [], []
 
@@ -48,7 +48,7 @@ class Script:
         for prompt in set(rows.prompt_ids.tolist()):
             mine = rows.prompt_ids == prompt
             scores[mine] = self.written[prompt, bool(rows.columns["hinted"][mine][0])]
-        return rows.replace(scores=scores[:, None], channels=("exact",), channel_weights=(1.0,))
+        return rows.replace(scores=scores[:, None], channels=("exact",), channel_weights=(self.weight,))
 
 
 def resolve(name, **options):
@@ -109,11 +109,11 @@ def test_dapo_trains_on_what_it_has_after_its_rounds(make):
 
 
 def test_equal_scores_carry_no_signal_whatever_their_rounding(make):
-    """Seven times 0.85 has a standard deviation of 1e-16."""
-    scores = np.full(7, 0.85)
-    assert scores.std() > 0
+    """Seven times 0.1 at a weight of 0.3 has a standard deviation of 3e-18."""
+    scores = np.full(7, 0.1, np.float32)
+    assert (scores[:, None] * np.asarray((0.3,))).sum(1).std() > 0
     method = methods.resolve("dapo", options={"max_rounds": 1}, settings={"prompts": 1, "group_size": 7, "max_new": 4})
-    assert Script(make, {(0, False): scores})(method)[1] == []
+    assert Script(make, {(0, False): scores}, weight=0.3)(method)[1] == []
 
 
 # ---- Guide-GRPO ------------------------------------------------------------------------------------------------------

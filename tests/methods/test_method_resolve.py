@@ -107,9 +107,9 @@ OPTIONS = {
 }
 
 
-def footprint(make, method):
+def footprint(make, method, binary):
     """All that an option can move: requests of two rounds, rewards, advantages, weights, loss, gradient."""
-    data = make.ragged(3, binary="divergence" in str(method.objective.__code__.co_freevars))
+    data = make.ragged(3, binary=binary)
     batch = data.batch().replace(lengths=jnp.asarray(data.lengths))
     batch = batch.replace(rewards=method.reward(batch, {}, None))
     batch, _ = method.advantage(batch, {}, None)
@@ -120,7 +120,7 @@ def footprint(make, method):
             each if each.shape == () else jnp.where(batch.completion_mask, each, 0) * method.aggregate(batch)
         )
 
-    new = data.old + 4 * (data.new - data.old)
+    new = data.old + 4 * (data.new - data.old) - 2 * binary  # far off, and for DisCO beyond its budget
     numbers = jax.jit(jax.value_and_grad(loss))(jnp.asarray(new, jnp.float32))
     columns = {"hint": "h", "clue": "c", "completion": "d"}
     ids = iter(range(1000))
@@ -147,9 +147,9 @@ def test_no_option_is_ignored(make, name):
         resolve(name, zzz=1)
     known = str(error.value).split("Its options are ")[1]
     assert sorted(OPTIONS[name]) == eval(known)
-    arrays, asked = footprint(make, resolve(name))
+    arrays, asked = footprint(make, resolve(name), name == "disco")
     for option, value in OPTIONS[name].items():
-        others, again = footprint(make, resolve(name, **{option: value}))
+        others, again = footprint(make, resolve(name, **{option: value}), name == "disco")
         moved = any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (arrays, others))))
         assert moved or asked != again, f"{option} of {name} changes nothing"
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(arrays[3]))

@@ -551,6 +551,22 @@ def test_ragged_steps_compile_nothing_new(toy):
     assert compiled.total.count == 0, compiled.total.names
 
 
+def test_ragged_steps_of_lone_contexts_compile_nothing_new(toy):
+    """Rows with a context each, in numbers that differ from step to step."""
+
+    def plan(state, draw, key):
+        (prompt,) = draw(state, 1)
+        rows = yield (yield [Request(prompt, context=str(c)) for c in range(12 - state.step)])
+        return state.host, [rows]
+
+    run, *_ = make(toy, plain(kl=0.1).replace(plan=plan), prompts=4, group_size=3)
+    iterate(run)
+    with CompileCounter() as compiled:
+        for _ in range(3):
+            iterate(run)
+    assert compiled.total.count == 0, compiled.total.names
+
+
 def test_a_step_that_is_larger_than_usual_still_runs(toy):
     """More groups than the layout was made for, more rows than a cell holds: the same update as with room for all."""
 

@@ -125,6 +125,21 @@ def test_micro_batches_do_not_matter(method, toy, layout, first):
     same(policy.params, jax.tree.map(lambda p, g: p - RATE * g, params, gradient))
 
 
+def test_a_mini_batch_is_smaller_than_the_batch(method, toy):
+    """Its group ids may be beyond its own number of rows; the result is that of its rows alone."""
+    batch = toy.batch(toy.rollout())
+    batch = batch.replace(group_ids=len(batch) - 1 - batch.group_ids)
+    rows = np.flatnonzero(np.isin(np.asarray(batch.group_ids), [20, 19, 18]))
+    assert batch.group_ids[rows].min() > 12
+    alone = jax.tree.map(lambda x: x[rows], batch.replace(contexts=None)).replace(contexts=batch.contexts)
+    alone = alone.replace(group_ids=20 - alone.group_ids)
+    loss, gradient = whole(method, toy, alone, toy.parameters())
+    for layout in ((3, 4, 1), (3, 2, 1)):
+        policy, metrics = run(method, toy, batch, layout, rows=rows)
+        assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
+        same(policy.params, jax.tree.map(lambda p, g: p - RATE * g, toy.parameters(), gradient))
+
+
 def test_naive_splitting_of_a_scalar_is_wrong(toy):
     """What the two passes are for: the mean of the gradients of halves points elsewhere when groups are cut."""
     method, batch, params = FORMS["scalar"], toy.batch(toy.rollout()), toy.parameters()
