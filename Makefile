@@ -10,7 +10,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/grpo-jax train configs/quickstart.yaml directory=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 parity: $(VENV)/installed-parity
 	$(BIN)/python -m pytest -q tests/models/parity_live.py

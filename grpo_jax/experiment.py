@@ -19,7 +19,8 @@ from grpo_jax.training.checkpoints import Checkpoints
 from grpo_jax.training.configuration import Config, load_config, parse, to_yaml
 from grpo_jax.training.evaluation import Evaluation, evaluate_prompts
 from grpo_jax.training.instruments import CompileCounter
-from grpo_jax.training.loop import Run, fold, iterate
+from grpo_jax.training.keys import fold
+from grpo_jax.training.loop import Run, iterate
 from grpo_jax.training.optimizer import optimizer as make_optimizer
 from grpo_jax.training.recording import Recorder
 from grpo_jax.training.report import figure, report
@@ -227,7 +228,7 @@ class Experiment:
 
     def _rescue(self, step: int, position: Mapping[str, Any], error: BaseException) -> None:
         alive = not any(x.is_deleted() for x in jax.tree.leaves(self.run.policies))
-        if alive and self.run.state.step == step:
+        if alive and self.run.whole and self.run.state.step == step:
             self.save(pool=position)
             self.checkpoints.wait()
             error.add_note(

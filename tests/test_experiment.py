@@ -64,7 +64,7 @@ def leaves(experiment: Experiment) -> list[np.ndarray]:
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
-    """Ten steps straight equal some steps, SIGKILL in the middle of one, and the rest: parameters, optimiser, metrics."""
+    """Ten steps straight equal some steps, SIGKILL in the middle of one, and the rest, metrics included."""
     straight = Experiment(config(tmp_path / "straight"))
     straight.train()
 

@@ -21,7 +21,8 @@ def addition(
     total = sum(1 + (a != b) for a, b in pairs)
     if not 0 <= held_out < total:
         raise ValueError(
-            f"held_out={held_out} of {total} problems (smallest={smallest}, largest={largest}): expected 0 to {total - 1}"
+            f"held_out={held_out} of {total} problems (smallest={smallest}, largest={largest}): "
+            f"expected 0 to {total - 1}"
         )
     rng = np.random.default_rng(seed)
     train: list[tuple[int, int]] = []

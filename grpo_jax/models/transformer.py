@@ -21,7 +21,6 @@ from grpo_jax.models.config import TransformerConfig
 from grpo_jax.models.layers import Layer, Weights, norm
 from grpo_jax.types import Key, PyTree
 
-
 UNROLLED = 2  # so few layers compile faster without a loop, and run faster: nothing is stacked for the backward pass
 
 

@@ -233,9 +233,9 @@ def test_decode_of_more_tokens_than_columns_is_an_error():
 
 
 def test_no_keys_and_values_of_all_layers_and_no_repeated_context_in_training():
-    """Compiled memory of the forward pass: the same for 2 and 12 layers, and no copy of the context for more rows."""
+    """Compiled memory of the forward pass: the same for 4 and 12 layers, and no copy of the context for more rows."""
     width = 512
-    config = dataclasses.replace(TINY, num_heads=1, num_kv_heads=1, head_dim=64, num_layers=2)
+    config = dataclasses.replace(TINY, num_heads=1, num_kv_heads=1, head_dim=64, num_layers=4)
 
     def temporary(config, group):
         graphdef, shapes = abstract(config)

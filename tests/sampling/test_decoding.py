@@ -380,11 +380,11 @@ def test_keys_and_values_of_a_context_are_stored_once():
     """No array of the compiled program has contexts x rows x context tokens x head size elements, or a multiple."""
     c, g, p, head = 3, 5, 17, 14
     config = TransformerConfig(
-        vocab_size=V, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=head
+        vocab_size=V, hidden_size=16, intermediate_size=32, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=head
     )
     graphdef, params = create(config, jax.random.key(0))
     asked = cells(c, g, 11)._replace(contexts=np.zeros((c, p), np.int32))
     lowered = draw.lower(graphdef, params, asked, jax.random.key(0), restricts=False, has_given=True)
     found = sizes(lowered.compile().as_text())
-    assert 2 * c * p * 2 * head in found  # keys of both layers: [L, C, P, Hkv, D]
+    assert 3 * c * p * 2 * head in found  # keys of all layers: [L, C, P, Hkv, D]
     assert not [size for size in found if size % (c * g * p * 7) == 0]

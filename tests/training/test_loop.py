@@ -12,10 +12,12 @@ import pytest
 
 from grpo_jax import methods
 from grpo_jax.methods.grpo import grpo
+from grpo_jax.training.batches import put
 from grpo_jax.training.deal import Layout
 from grpo_jax.training.inspection import RolloutError, UpdateError
 from grpo_jax.training.instruments import CompileCounter
-from grpo_jax.training.loop import Run, collect, fold, iterate, put, verified
+from grpo_jax.training.keys import fold
+from grpo_jax.training.loop import Run, collect, iterate, verified
 from grpo_jax.training.mesh import make_mesh, replicate
 from grpo_jax.training.step import Policy, begin
 from grpo_jax.types import Contexts, Prompt, Request, Role, Rollout, State, concat
@@ -520,7 +522,7 @@ def test_put_pads_with_nothing(toy):
     rows = sampler(run.params, [Request(run.pool[i], count=2) for i in range(3)], fold(0), Counter())
     rows = verified(run, rows.replace(completion_mask=rows.completion_mask & (np.arange(6) != 3)[:, None]))
     rows = rows.replace(columns={"level": np.arange(6.0, dtype=np.float32)})
-    batch = host(put(run, rows))
+    batch = host(put(rows, run.layout, run.mesh, updates=run.updates))
     assert batch.weights.tolist() == [1, 1, 1, 0, 1, 1] + [0] * 18
     assert batch.group_ids.tolist() == [0, 0, 1, 1, 2, 2] + [-1] * 18
     assert batch.prompt_ids[6:].tolist() == batch.update_ids[6:].tolist() == [-1] * 18

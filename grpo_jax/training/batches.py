@@ -1,0 +1,61 @@
+"""A rollout as a batch on the mesh, in one of few sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax.training.deal import Layout
+from grpo_jax.training.mesh import replicate
+from grpo_jax.types import Batch, Contexts, Rollout
+
+
+def put(rows: Rollout, layout: Layout, mesh: Mesh, *, updates: int) -> Batch:
+    """Onto the mesh, padded to few sizes: padding rows weigh nothing and stand in no group. Every array is replicated:
+    statistics over rows are then the same bits whatever the mesh. Empty completions get weight 0."""
+    n, t = rows.completions.shape
+    c, p = rows.contexts.tokens.shape
+    slots = layout.contexts * layout.sweeps * updates  # what a whole step fills: fewer rows do not change a shape
+    size, contexts_size = _fit(n, slots * layout.rows), _fit(c, slots)
+    decisions, context_width = _fit(t, layout.decisions), _fit(p, layout.context_width)
+    fill = dict.fromkeys(("prompt_ids", "group_ids", "update_ids", "unit_ids"), -1)
+    fill |= dict.fromkeys(("behavior_logps", "scores"), np.nan)
+    wide = {"completions", "completion_mask", "behavior_logps", "sampler_logps", "unit_ids"}
+
+    def padded(name: str, x: Any) -> np.ndarray:
+        x = np.asarray(x)
+        shape = [(0, size - n)] + [(0, 0)] * (x.ndim - 1)
+        if name in wide or (x.ndim > 1 and x.shape[1] == t and name != "scores"):
+            shape[1] = (0, decisions - t)
+        value = fill.get(name, np.array(0, x.dtype).item())
+        return np.pad(x, shape, constant_values=value)
+
+    apart = {"contexts", "columns", "role", "channels", "channel_weights"}
+    names = [field.name for field in dataclasses.fields(Rollout) if field.name not in apart]
+    fields = {f: padded(f, getattr(rows, f)) for f in names if getattr(rows, f) is not None}
+    fields["weights"] = np.where(fields["completion_mask"].any(axis=1), fields["weights"], 0).astype(np.float32)
+    more = (0, contexts_size - c)
+    contexts = Contexts(
+        tokens=np.pad(rows.contexts.tokens, (more, (0, context_width - p))),
+        lengths=np.pad(rows.contexts.lengths, more),
+        extras={k: np.pad(v, [more] + [(0, 0)] * (v.ndim - 1)) for k, v in rows.contexts.extras.items()},
+    )
+    batch = Batch(
+        contexts=contexts,
+        columns={k: padded(k, v) for k, v in rows.columns.items()},
+        role=rows.role,
+        channels=rows.channels,
+        channel_weights=rows.channel_weights,
+        **fields,
+    )
+    return replicate(batch, mesh)
+
+
+def _fit(n: int, size: int) -> int:
+    """n rounded up to `size` times a power of two."""
+    while size < n:
+        size *= 2
+    return size

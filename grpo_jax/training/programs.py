@@ -1,0 +1,107 @@
+"""The jitted programs of a run, and when each of them is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from grpo_jax.training.deal import lay_out
+from grpo_jax.training.keys import fold
+from grpo_jax.training.step import Policy, evaluate_all, train_step
+from grpo_jax.types import Batch, Decisions, Key
+
+if TYPE_CHECKING:
+    from grpo_jax.training.loop import Run
+
+
+class Compiled:
+    """The jitted programs of a run, and when they are needed."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._evaluate = jax.jit(self._evaluate_role, static_argnames=("role",))
+        self._shape = jax.jit(self._shape_batch)
+        # A policy comes back as it went in: the compiler may not move it to another layout, and so recompile.
+        self._update = {
+            role: jax.jit(
+                partial(self._train_step, role=role),
+                static_argnames=("first",),
+                donate_argnums=0,
+                out_shardings=(jax.tree.map(lambda x: x.sharding, policy), None),
+            )
+            for role, policy in run.policies.items()
+            if policy.optimizer is not None
+        }
+        self._asks_for_old: bool | None = None
+
+    def evaluate(self, batch: Batch) -> Batch:
+        """`ref` where the method has a reference; `old` where something will ask for it."""
+        run = self.run
+        if "reference" in run.policies and batch.role == "policy":
+            batch = batch.replace(ref=self._pass(batch, "reference", "trained_under"))
+        return self.with_old(batch) if self._needs_old(batch) else batch
+
+    def with_old(self, batch: Batch) -> Batch:
+        """`old` from a pass of its own, unless it is there."""
+        return batch if batch.old is not None else batch.replace(old=self._pass(batch, batch.role, "sampled_under"))
+
+    def shape(self, batch: Batch, arrays: Any, key: Key) -> tuple[Batch, Any]:
+        """rewards, then advantages; jit, global."""
+        edited, arrays = self._shape(batch, arrays, key)
+        return batch.replace(**edited), arrays
+
+    def update(self, batch: Batch, arrays: Any, rows: np.ndarray, *, first: bool) -> tuple[Policy, dict[str, Any]]:
+        run = self.run
+        part = self._cells(batch, "trained_under", rows, run.layout.sweeps)
+        step = self._update[batch.role]
+        return step(run.policies[batch.role], batch, arrays, part.order, np.int32(part.count), first=first)
+
+    def _pass(self, batch: Batch, role: str, which: str) -> Decisions:
+        rows = np.flatnonzero(np.asarray(jax.device_get(batch.prompt_ids)) >= 0)
+        part = self._cells(batch, which, rows, self.run.layout.sweeps * self.run.updates)
+        under, params = getattr(batch, which), self.run.policies[role].params
+        return self._evaluate(params, batch, under, part.order, np.int32(part.count), role=role)
+
+    def _cells(self, batch: Batch, which: str, rows: np.ndarray, capacity: int):
+        layout = self.run.layout
+        under = np.asarray(jax.device_get(getattr(batch, which)))
+        counts = np.unique(under[rows], return_counts=True)[1]
+        lone = len(counts) > layout.contexts * capacity and counts.max() == 1
+        if lone and layout.rows > 1:  # every row has a context of its own, and wide cells would be mostly empty
+            layout, capacity = layout._replace(rows=1), capacity * layout.rows
+        return lay_out(under, rows, layout, capacity=capacity)
+
+    def _needs_old(self, batch: Batch) -> bool:
+        if self.run.updates > 1 or not np.array_equal(*jax.device_get((batch.sampled_under, batch.trained_under))):
+            return True
+        if self._asks_for_old is None:
+            try:
+                jax.eval_shape(self._shape_batch, batch.replace(old=None), self.run.state.arrays, fold(0))
+                self._asks_for_old = False
+            except (AttributeError, TypeError):  # None.logps: a seam reads the old policy
+                self._asks_for_old = True
+        return self._asks_for_old
+
+    def _evaluate_role(self, params, batch: Batch, under, order, count, *, role: str) -> Decisions:
+        run = self.run
+        evaluate = partial(run.domain.evaluate, role=role, wants=run.method.wants)
+        return evaluate_all(lambda p, b: evaluate(p, b), params, batch, under, order, count, run.mesh)
+
+    def _shape_batch(self, batch: Batch, arrays: Any, key: Key) -> tuple[dict[str, Any], Any]:
+        """The fields that the two seams fill or edit."""
+        m = self.run.method
+        rewards = m.reward(batch, arrays, jax.random.fold_in(key, 0))
+        after, arrays = m.advantage(batch.replace(rewards=rewards), arrays, jax.random.fold_in(key, 1))
+        names = [field.name for field in dataclasses.fields(batch)]
+        return {n: getattr(after, n) for n in names if getattr(after, n) is not getattr(batch, n)}, arrays
+
+    def _train_step(self, policy: Policy, batch: Batch, arrays, order, count, *, role: str, first: bool):
+        run = self.run
+        evaluate = lambda params, rows: run.domain.evaluate(params, rows, role=role, wants=run.method.wants)  # noqa: E731
+        return train_step(
+            run.method, evaluate, run.optimizer, run.mesh, policy, batch, arrays, order, count, first=first
+        )
