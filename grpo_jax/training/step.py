@@ -115,62 +115,22 @@ def train_step(
     Returns the policy and scalars: loss, grad_norm, applied, and the means of what the objective reports.
     Raises: ValueError if the objective's loss or what it reports has a shape that cannot be.
     """
-    sweeps, cells = order.shape[0], order.shape[1] * order.shape[2]
     context_of = batch.trained_under
     order = jnp.where((order >= 0) & (batch.weights[jnp.maximum(order, 0)] > 0), order, -1)
+    cut = _Cut(order.shape[0], order.shape[1] * order.shape[2], count)
     part = _whole(batch, order)
     weights = method.aggregate(part)
-    scalar = returns_scalar(method, evaluate, policy.params, batch, context_of, order[0], arrays)
 
-    def piece(i) -> tuple[Batch, Float[Array, "R T"]]:
-        rows = by_rows(rows_at(batch, context_of, order[i]), mesh)
-        return rows, jax.lax.dynamic_slice_in_dim(weights, i * cells, cells)
+    def piece(i) -> Batch:
+        return by_rows(rows_at(batch, context_of, order[i]), mesh)
 
-    def one_pass(params, i):
-        rows, w = piece(i)
-        new = evaluate(params, rows)
-        rows = with_old(rows, new, first)
-        loss, reported = method.objective(_through_trained(new, rows), rows, arrays)
-        return jnp.where(w > 0, w * loss, 0).sum(), (new, reported)
+    def objective(new: Decisions, rows: Batch) -> tuple[Array, dict[str, Array]]:
+        return method.objective(_through_trained(new, rows), with_old(rows, new, first), arrays)
 
-    if scalar:
-
-        def forward(i):
-            rows, _ = piece(i)
-            return evaluate(policy.params, rows)
-
-        decisions = _collect(forward, sweeps, count, cells)
-        whole = with_old(part, decisions, first)
-        objective = lambda new: method.objective(_through_trained(new, whole), whole, arrays)  # noqa: E731
-        loss, pull, reported = jax.vjp(objective, decisions, has_aux=True)
-        (cotangent,) = pull(jnp.ones_like(loss))
-
-        def backward(i, grads):
-            rows, _ = piece(i)
-            here = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * cells, cells), cotangent)
-            _, pull = jax.vjp(lambda params: evaluate(params, rows), policy.params)
-            return jax.tree.map(jnp.add, grads, pull(here)[0])
-
-        grads = _sum_over(backward, sweeps, count, policy.params)
-        new = decisions
+    if returns_scalar(method, evaluate, policy.params, batch, context_of, order[0], arrays):
+        loss, new, reported, grads = _seen_whole(objective, evaluate, policy.params, part, piece, cut)
     else:
-        gradient = jax.value_and_grad(one_pass, has_aux=True)
-        if sweeps == 1:
-            (loss, (new, reported)), grads = gradient(policy.params, 0)
-        else:
-            shapes = jax.eval_shape(lambda p: gradient(p, 0)[0][1], policy.params)
-            stacked = jax.tree.map(lambda x: jnp.zeros((sweeps * cells, *x.shape[1:]), x.dtype), shapes)
-
-            def sweep(i, carry):
-                total, grads, seen = carry
-                (loss, aux), more = gradient(policy.params, i)
-                put = lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, i * cells, 0)  # noqa: E731
-                return total + loss, jax.tree.map(jnp.add, grads, more), jax.tree.map(put, seen, aux)
-
-            zeros = jax.tree.map(jnp.zeros_like, policy.params)
-            carry = (jnp.zeros((), jnp.float32), zeros, stacked)
-            loss, grads, (new, reported) = jax.lax.fori_loop(0, count, sweep, carry)
-
+        loss, new, reported, grads = _cut_anywhere(objective, evaluate, policy.params, weights, piece, cut)
     norm = optax.global_norm(grads)
     apply = jnp.any(weights > 0) & jnp.isfinite(norm)
     updates, state = optimizer.update(grads, policy.optimizer, policy.params)
@@ -183,6 +143,69 @@ def train_step(
         **summarise(new, part, reported, first),
     }
     return kept, metrics
+
+
+class _Cut(NamedTuple):
+    """How a mini-batch is cut: micro-batches in shape, their rows, and how many of them hold any."""
+
+    sweeps: int
+    cells: int
+    count: Int[Array, ""]
+
+    def take(self, tree: PyTree, i) -> PyTree:
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * self.cells, self.cells), tree)
+
+    def put(self, whole: PyTree, part: PyTree, i) -> PyTree:
+        write = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * self.cells, 0)  # noqa: E731
+        return jax.tree.map(write, whole, part)
+
+    def room(self, part: PyTree) -> PyTree:
+        """Zeros for all rows, given the shapes of one micro-batch."""
+        return jax.tree.map(lambda x: jnp.zeros((self.sweeps * self.cells, *x.shape[1:]), x.dtype), part)
+
+    def loop(self, sweep: Callable[[Any, PyTree], PyTree], start: PyTree) -> PyTree:
+        return sweep(0, start) if self.sweeps == 1 else jax.lax.fori_loop(0, self.count, sweep, start)
+
+
+def _cut_anywhere(objective, evaluate: Evaluate, params: PyTree, weights: Float[Array, "R T"], piece, cut: _Cut):
+    """A loss per decision: value and gradient add up over the micro-batches."""
+
+    def one_pass(params: PyTree, i):
+        rows, w = piece(i), cut.take(weights, i)
+        new = evaluate(params, rows)
+        loss, reported = objective(new, rows)
+        return jnp.where(w > 0, w * loss, 0).sum(), (new, reported)
+
+    gradient = jax.value_and_grad(one_pass, has_aux=True)
+    if cut.sweeps == 1:
+        (loss, (new, reported)), grads = gradient(params, 0)
+        return loss, new, reported, grads
+
+    def sweep(i, carry):
+        total, grads, seen = carry
+        (loss, part), more = gradient(params, i)
+        return total + loss, jax.tree.map(jnp.add, grads, more), cut.put(seen, part, i)
+
+    seen = cut.room(jax.eval_shape(lambda p: gradient(p, 0)[0][1], params))
+    start = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params), seen
+    loss, grads, (new, reported) = cut.loop(sweep, start)
+    return loss, new, reported, grads
+
+
+def _seen_whole(objective, evaluate: Evaluate, params: PyTree, part: Batch, piece, cut: _Cut):
+    """A scalar loss: forward by micro-batches, its cotangent over the whole, backward by micro-batches with that."""
+    forward = lambda i: evaluate(params, piece(i))  # noqa: E731
+    room = cut.room(jax.eval_shape(forward, 0))
+    decisions = cut.loop(lambda i, seen: cut.put(seen, forward(i), i), room)
+    loss, pull, reported = jax.vjp(lambda new: objective(new, part), decisions, has_aux=True)
+    (cotangent,) = pull(jnp.ones_like(loss))
+
+    def backward(i, grads: PyTree) -> PyTree:
+        rows = piece(i)
+        _, pull = jax.vjp(lambda params: evaluate(params, rows), params)
+        return jax.tree.map(jnp.add, grads, pull(cut.take(cotangent, i))[0])
+
+    return loss, decisions, reported, cut.loop(backward, jax.tree.map(jnp.zeros_like, params))
 
 
 def returns_scalar(method: Method, evaluate: Evaluate, params, batch: Batch, under, cells, arrays) -> bool:
@@ -260,17 +283,3 @@ def _whole(batch: Batch, order: Int[Array, "M C G"]) -> Batch:
 
 def _no_contexts() -> Contexts:
     return Contexts(tokens=jnp.zeros((1, 0), jnp.int32), lengths=jnp.zeros(1, jnp.int32))
-
-
-def _collect(forward: Callable[[Any], Decisions], sweeps: int, count, cells: int) -> Decisions:
-    if sweeps == 1:
-        return forward(0)
-    shapes = jax.eval_shape(forward, 0)
-    whole = jax.tree.map(lambda x: jnp.zeros((sweeps * cells, *x.shape[1:]), x.dtype), shapes)
-    put = lambda i: lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, i * cells, 0)  # noqa: E731
-    return jax.lax.fori_loop(0, count, lambda i, whole: jax.tree.map(put(i), whole, forward(i)), whole)
-
-
-def _sum_over(add: Callable[[Any, PyTree], PyTree], sweeps: int, count, like: PyTree) -> PyTree:
-    zeros = jax.tree.map(jnp.zeros_like, like)
-    return add(0, zeros) if sweeps == 1 else jax.lax.fori_loop(0, count, add, zeros)
