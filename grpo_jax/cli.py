@@ -204,7 +204,9 @@ def _open(target: str, step: int | None, overrides: Sequence[str] = ()):
     file = path / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no run: there is no {CONFIG_FILE} in it")
-    experiment = Experiment(load_config(file, [*overrides, f"directory={path}"]))
+    # The mesh of the training run may need more devices than there are here: one axis over those that there are.
+    here = ["mesh.data=-1", "mesh.fsdp=1", "mesh.tensor=1", f"directory={json.dumps(str(path))}"]
+    experiment = Experiment(load_config(file, [*here, *overrides]))
     used = experiment.restore_params(step)
     print(f"checkpoint of step {used}", file=sys.stderr)
     return experiment

@@ -14,6 +14,7 @@ import numpy as np
 from grpo_jax import methods, models, rewards
 from grpo_jax.advantages import group_z_score
 from grpo_jax.rewards.extraction import marked_answer
+from grpo_jax.supervised import warm_up
 from grpo_jax.training import assemble, metrics, progress
 from grpo_jax.training.checkpoints import Checkpoints
 from grpo_jax.training.configuration import Config, load_config, parse, to_yaml
@@ -24,11 +25,13 @@ from grpo_jax.training.loop import Run, iterate
 from grpo_jax.training.optimizer import optimizer as make_optimizer
 from grpo_jax.training.recording import Recorder
 from grpo_jax.training.report import figure, report
-from grpo_jax.training.step import Policy, begin
+from grpo_jax.training.step import Policy
 from grpo_jax.training.stopping import StopSignal
 from grpo_jax.types import Method, Prompt, Request, Rollout, State
 
 CONFIG_FILE = "config.yaml"
+# A resumed run may train longer, and evaluate, save and log otherwise; the rest of its configuration stays.
+CONFIG_KEPT = ("seed", "model", "data", "rewards", "method", "batch", "training", "sampling", "optimizer", "warmup")
 GROUPS_KEPT = 100  # sampled groups that a run writes down, evenly over its steps
 
 
@@ -65,6 +68,7 @@ class Experiment:
         self.pool = assemble.open_pool(
             config, source.train, self.model.tokenizer, split=config.data.split, shuffle=config.data.shuffle
         )
+        self.pool_start = self.pool.state()
         self.held_out = self._held_out(source.held_out)
         self.demonstrations = source.demonstrations
         functions = [rewards.resolve(r.model_dump(exclude_none=True)) for r in config.rewards]
@@ -72,6 +76,8 @@ class Experiment:
         self.verify = assemble.Verifier(
             functions, self._columns(), time_limit=config.reward_time_limit, on_error=config.on_reward_error
         )
+        if self.held_out:
+            rewards.check(functions, [*self.held_out[0].columns, *rewards.STANDARD_COLUMNS])
         self.method = method or methods.resolve(
             config.method.name,
             options=config.method.options,
@@ -86,7 +92,10 @@ class Experiment:
         if not (functions or self.method.rewards or config.method.name == "sft"):
             raise ValueError('no reward function: name at least one under rewards, for instance "exact"')
         self.layout = assemble.layout_of(
-            config, self.model.mesh, group_size=config.batch.group_size, prompts=config.batch.prompts
+            config,
+            self.model.mesh,
+            group_size=config.batch.group_size,
+            prompts=-(-config.batch.prompts // config.training.updates),
         )
         self.compiled = CompileCounter()
         self.run: Run | None = None
@@ -102,14 +111,15 @@ class Experiment:
         the last, writes metrics, sampled groups and checkpoints on the way, and the report at the end. On an error, on
         Ctrl-C and on SIGTERM the state after the last whole step is saved first.
         """
-        config, steps = self.config, steps or self.config.steps
+        config, steps = self.config, self.config.steps if steps is None else steps
         console = config.metrics.console and not quiet and jax.process_index() == 0
         say = print if console else (lambda text: None)
-        resumed = self.resume() if self.run is None and self.checkpoints.latest() is not None else False
-        if self.run is None:
-            self._write_config()
+        resumed = self.run is None and self.checkpoints.latest() is not None
+        if resumed:
+            self._check_same_config()
+            self.resume()
+        self._write_config()
         first = self.run.state.step if self.run else 0
-        self._check_same_config(resumed)
         with metrics.Metrics(
             self.directory,
             tensorboard=config.metrics.tensorboard,
@@ -119,8 +129,7 @@ class Experiment:
         ) as writer:
             self._announce(say, resumed, first)
             if self.run is None:
-                params = self._warm_up(writer, console)
-                self.begin(params)
+                self.begin(self._warm_params(writer, console))
             with StopSignal() as stop, progress.Progress(steps, "training", start=first, enabled=console) as bar:
                 self._loop(steps, writer, bar, stop)
         self._finish(say, steps)
@@ -130,7 +139,8 @@ class Experiment:
         """The run at step 0, from these parameters (default: the model's)."""
         config = self.config
         transform, self.schedule = make_optimizer(config.optimizer, config.steps * config.training.updates)
-        params = self.model.params if params is None else params
+        params = self._starting_params() if params is None else params
+        self.pool.restore(self.pool_start)
         self.run = Run(
             method=self.method,
             domain=self.domain,
@@ -151,6 +161,7 @@ class Experiment:
         step = self.checkpoints.latest() if step is None else step
         if step is None:
             raise FileNotFoundError(f"there is no checkpoint in {self.checkpoints.directory} to resume from")
+        self.run = None  # an earlier run of this process is not held while this one is read
         run = self.begin()
         like = jax.tree.map(_abstract, {"policies": run.policies, "arrays": run.state.arrays})
         run.policies.clear()  # not held twice while the saved ones are read
@@ -166,7 +177,7 @@ class Experiment:
         self.evaluations = {int(k): v for k, v in host["evaluations"].items()}
         return True
 
-    def save(self, *, pool: Mapping[str, Any] | None = None) -> None:
+    def save(self) -> None:
         """A checkpoint of where the run stands; nothing if there is one of this step already."""
         run = self.run
         if run.state.step in self.checkpoints.steps():
@@ -175,7 +186,7 @@ class Experiment:
             "step": run.state.step,
             "host": run.state.host,
             "seed": self.config.seed,
-            "pool": dict(self.pool.state() if pool is None else pool),
+            "pool": self.pool.state(),
             "evaluations": {str(k): v for k, v in self.evaluations.items()},
         }
         score = self.evaluations.get(run.state.step, {}).get("pass@1")
@@ -227,9 +238,12 @@ class Experiment:
         bar.update(step, **{"pass@1": numbers["pass@1"]})
 
     def _rescue(self, step: int, position: Mapping[str, Any], error: BaseException) -> None:
+        self.pool.restore(position)
         alive = not any(x.is_deleted() for x in jax.tree.leaves(self.run.policies))
-        if alive and self.run.whole and self.run.state.step == step:
-            self.save(pool=position)
+        if not (alive and self.run.whole):
+            self.run = None  # half a step is lost; the next call goes on from the newest checkpoint
+        elif self.run.state.step == step:
+            self.save()
             self.checkpoints.wait()
             error.add_note(
                 f"The state after {step} steps is in {self.checkpoints.directory}; the same command goes on from there."
@@ -293,57 +307,18 @@ class Experiment:
 
     def restore_params(self, step: int | None = None) -> int:
         """Only the policy's parameters from a checkpoint (default: the best, else the newest), for looking at it."""
-        step = step if step is not None else self.checkpoints.best() or self.checkpoints.latest()
+        kept = (step, self.checkpoints.best(), self.checkpoints.latest())
+        step = next((s for s in kept if s is not None), None)
         if step is None:
             raise FileNotFoundError(f"there is no checkpoint in {self.checkpoints.directory}: train first")
         arrays, _ = self.checkpoints.restore(step, {"policies": {"policy": Policy(self.model.params)}}, partial=True)
-        self.model = self.model._replace(params=arrays["policies"]["policy"].params)
+        self.model, self.run = self.model._replace(params=arrays["policies"]["policy"].params), None
         return step
 
     def _params(self) -> dict[str, Any]:
         return self.run.params if self.run else {"policy": self.model.params}
 
     # ---- beginning and end -----------------------------------------------------------------------------------------
-
-    def _warm_up(self, writer: metrics.Metrics, console: bool) -> Any:
-        """Supervised updates through the same iteration, before the first rollout."""
-        section = self.config.warmup
-        if section is None:
-            return None
-        pool = assemble.open_pool(
-            self.config, self.demonstrations, self.model.tokenizer, shuffle=section.source != "demonstrations"
-        )
-        method = methods.resolve("sft", options={}, settings={"prompts": section.prompts})
-        transform, _ = make_optimizer(section.optimizer, section.steps)
-        params = self.model.params
-        seen: list[dict[str, float]] = []
-        run = Run(
-            method=method,
-            domain=self.domain,
-            pool=pool,
-            verify=lambda prompts, rows, texts, step: rows.replace(
-                channels=("none",), scores=np.ones((len(rows), 1), np.float32)
-            ),
-            optimizer=transform,
-            mesh=self.model.mesh,
-            layout=assemble.layout_of(self.config, self.model.mesh, group_size=1, prompts=section.prompts)
-            if self.config.training.updates == 1
-            else assemble.layout_of(
-                self.config, self.model.mesh, group_size=1, prompts=section.prompts * self.config.training.updates
-            ),
-            policies={"policy": begin(params, transform, self.model.mesh)},
-            state=method.init(pool),
-            seed=self.config.seed,
-            log=lambda batch, reports: seen.append(reports[0]),
-        )
-        with progress.Progress(section.steps, "warm-up", enabled=console) as bar:
-            for step in range(section.steps):
-                iterate(run)
-                numbers = {k: float(seen[-1][k]) for k in ("loss", "grad_norm", "entropy")}
-                writer.log(step, numbers, kind="warmup")
-                bar.update(step + 1, loss=numbers["loss"])
-                seen.clear()
-        return run.policies["policy"].params
 
     def _held_out(self, source: Any) -> list[Prompt]:
         if source is None:
@@ -363,21 +338,26 @@ class Experiment:
             self.directory.mkdir(parents=True, exist_ok=True)
             (self.directory / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
 
-    def _check_same_config(self, resumed: bool) -> None:
-        if not resumed:
-            return
+    def _warm_params(self, writer: metrics.Metrics, console: bool) -> Any:
+        if self.config.warmup is None:
+            return None
+        self._starting_params()
+        return warm_up(self.config, self.model, self.domain, self.demonstrations, writer, console=console)
+
+    def _starting_params(self) -> Any:
+        """The model's parameters; read anew if an earlier run of this process has used them up."""
+        if any(x.is_deleted() for x in jax.tree.leaves(self.model.params)):
+            self.model = assemble.open_model(self.config)
+        return self.model.params
+
+    def _check_same_config(self) -> None:
         before = load_config(self.directory / CONFIG_FILE)
-        changed = [
-            key
-            for key in ("model", "data", "method", "batch", "sampling", "optimizer", "training", "seed")
-            if getattr(before, key) != getattr(self.config, key)
-        ]
+        changed = [key for key in CONFIG_KEPT if getattr(before, key) != getattr(self.config, key)]
         if changed:
             raise ValueError(
                 f"{self.directory} holds a run with another {', '.join(changed)}; a resumed run is the same run. "
                 "Choose another name or directory, or the configuration that is saved there (config.yaml)"
             )
-        self._write_config()
 
     def _announce(self, say: Callable[[str], None], resumed: bool, first: int) -> None:
         size = sum(x.size for x in jax.tree.leaves(self.model.params))

@@ -196,7 +196,7 @@ def concat(*rollouts: Rollout) -> Rollout:
     """Rows of several rollouts of one role as one. Groups stay apart (`regroup` joins them); equal contexts are stored
     once; the decision axis and the context axis are padded to the longest. Host only.
 
-    Raises: ValueError if there are none, or if their roles, channels or columns differ; TypeError for a Batch.
+    Raises: ValueError if there are none, or if their roles or channels differ; TypeError for a Batch.
     """
     if not rollouts:
         raise ValueError("concat needs at least one rollout, got none")
@@ -208,8 +208,6 @@ def concat(*rollouts: Rollout) -> Rollout:
             if getattr(other, what) != getattr(first, what):
                 given = f"{getattr(first, what)!r} and {getattr(other, what)!r}"
                 raise ValueError(f"concat needs rollouts of the same {what}, got {given}")
-        if other.columns.keys() != first.columns.keys():
-            raise ValueError(f"concat needs the same columns, got {sorted(first.columns)} and {sorted(other.columns)}")
     width = max(r.completions.shape[1] for r in rollouts)
 
     def joined(name: str) -> np.ndarray:
@@ -219,7 +217,9 @@ def concat(*rollouts: Rollout) -> Rollout:
         return np.concatenate([_pad_axis(np.asarray(p), 1, width, fill) for p in parts])
 
     def column(name: str) -> np.ndarray:
-        parts = [np.asarray(r.columns[name]) for r in rollouts]
+        shape = next(np.asarray(r.columns[name]).shape[1:] for r in rollouts if name in r.columns)
+        missing = lambda r: np.full((len(r), *shape), np.nan, np.float32)  # noqa: E731
+        parts = [np.asarray(r.columns[name]) if name in r.columns else missing(r) for r in rollouts]
         per_decision = all(p.shape[1:2] == r.completions.shape[1:2] for p, r in zip(parts, rollouts))
         return widened(parts) if per_decision else np.concatenate(parts)
 
@@ -242,7 +242,7 @@ def concat(*rollouts: Rollout) -> Rollout:
         sampler_logps=widened([r.sampler_logps for r in rollouts]),
         group_ids=renumber(np.concatenate(groups)),
         unit_ids=units,
-        columns={name: column(name) for name in first.columns},
+        columns={name: column(name) for name in dict.fromkeys(name for r in rollouts for name in r.columns)},
         **{name: joined(name) for name in names},
     )
 

@@ -225,3 +225,56 @@ def test_wrong_input_is_refused_before_anything_is_sampled(tmp_path):
     with pytest.raises(ValueError, match="kll"):
         Experiment(config(tmp_path, method={"name": "grpo", "kll": 1}))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_interrupted_run_goes_on_in_the_same_process_with_the_same_prompts(tmp_path):
+    asked = []
+
+    def reward(completions, prompt_id, step):
+        if step == 2 and not asked.count("stopped"):
+            asked.append("stopped")
+            raise KeyboardInterrupt
+        return [float(len(c)) for c in completions]
+
+    broken = Experiment(config(tmp_path / "a", steps=4, evaluation={"every": 0}), reward_functions=[reward])
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    broken.train()
+    asked.append("stopped")
+    straight = Experiment(config(tmp_path / "b", steps=4, evaluation={"every": 0}), reward_functions=[reward])
+    straight.train()
+    assert broken.pool.state() == straight.pool.state()
+    for a, b in zip(leaves(straight), leaves(broken), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_older_checkpoint_can_be_looked_at_and_gone_on_from(tmp_path):
+    experiment = Experiment(config(tmp_path, steps=4, checkpoint={"every": 2, "keep": 3}))
+    experiment.train()
+    last = leaves(experiment)
+    assert experiment.restore_params(2) == 2
+    assert any((a != b).any() for a, b in zip(last, jax.tree.leaves(experiment.model.params)))
+    experiment.evaluate()
+    experiment.resume(2)
+    assert experiment.run.state.step == 2
+
+
+def test_a_refused_resume_stays_refused(tmp_path):
+    Experiment(config(tmp_path)).train(steps=2)
+    other = Experiment(config(tmp_path, rewards=["exact"]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="another rewards"):
+            other.train()
+
+
+def test_columns_with_gaps_and_huge_numbers(tmp_path):
+    rows = [
+        {"prompt": f"{i}", "hint": "h", "answer": "1", "level": None if i < 4 else i, "huge": 10**400} for i in range(8)
+    ]
+    settings = config(tmp_path, steps=3, rewards=[], evaluation={"every": 0}, method="guide_grpo")
+    settings["data"] = {"max_prompt": 24}
+
+    def odd(completions, prompt_id):
+        return [float((len(c) + i) % 2) for i, c in enumerate(completions)]
+
+    Experiment(settings, prompts=rows, reward_functions=[odd]).train()

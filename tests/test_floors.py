@@ -22,10 +22,11 @@ FLOORS = {
     "sampling": 4,
     "training": 5,
     "methods": 6,
-    "experiment": 7,
-    "pieces": 7,
-    "cli": 8,
-    "__main__": 9,
+    "supervised": 7,
+    "experiment": 8,
+    "pieces": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -252,11 +252,17 @@ def test_concat_refuses_what_does_not_belong_together():
         concat(rows, rows.replace(role="judge"))
     with pytest.raises(ValueError, match="same channels"):
         concat(rows, rollout(k=1, channels=("exact",)))
-    with pytest.raises(ValueError, match=r"same columns, got \['answer', 'span'\] and \['answer'\]"):
-        concat(rows, rows.replace(columns={"answer": rows.columns["answer"]}))
     batch = Batch(**{f.name: getattr(rows, f.name) for f in dataclasses.fields(rows)})
     with pytest.raises(TypeError, match="got a Batch"):
         concat(batch, batch)
+
+
+def test_concat_fills_columns_that_some_rollouts_lack():
+    rows = rollout()
+    joined = concat(rows.replace(columns={}), rows)
+    for name, values in rows.columns.items():
+        assert np.isnan(joined.columns[name][: len(rows)]).all()
+        np.testing.assert_array_equal(joined.columns[name][len(rows) :], values)
 
 
 def test_regroup_joins_by_field_or_column():

@@ -40,7 +40,7 @@ def addition(
 
 
 def demonstrations(
-    problems: Sequence[Mapping[str, str]], *, count: int, noise: float, clean: float = 0.25, seed: int = 0
+    problems: Sequence[Mapping[str, str]], *, count: int, noise: float = 0.3, clean: float = 0.25, seed: int = 0
 ) -> list[dict[str, str]]:
     """A stream of `count` answers to learn from, in order, that grow unreliable: passes over the shuffled problems.
 

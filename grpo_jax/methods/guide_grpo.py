@@ -34,7 +34,7 @@ def guide_grpo(
     """
 
     def hinted(prompt):
-        if hint_column not in prompt.columns:
+        if prompt.columns.get(hint_column) is None:
             raise ValueError(
                 f"guide_grpo reads its hints from the column {hint_column!r}, but prompt {prompt.id} has "
                 f"{sorted(prompt.columns)}"

@@ -13,6 +13,8 @@ from grpo_jax.types import Contexts, Request, Rollout
 
 OPTIONS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_new": 0, "score": True}
 
+LARGEST = 1e38  # beyond it a number is no float32
+
 
 class Rows(NamedTuple):
     """Every row that requests ask for, flat, before it is drawn."""
@@ -170,12 +172,13 @@ def _prefix(request: Request, encode_text, stop_ids: Sequence[int]) -> tuple[np.
 
 
 def _numeric_columns(requests: Sequence[Request], counts: Sequence[int]) -> dict[str, np.ndarray]:
-    """The dataset columns that hold numbers, NaN where a row has none; texts stay with the prompts."""
+    """The dataset columns that hold numbers, NaN where a row has none; the rest stays with the prompts."""
     number = (bool, int, float, np.number, np.bool_)
     columns = {}
     for name in dict.fromkeys(name for r in requests for name in r.prompt.columns):
         values = [r.prompt.columns.get(name) for r in requests]
-        if all(v is None or isinstance(v, number) for v in values) and any(v is not None for v in values):
+        numeric = all(v is None or (isinstance(v, number) and abs(v) < LARGEST) for v in values)
+        if numeric and any(v is not None for v in values):
             columns[name] = np.repeat(np.asarray(values, np.float32), counts)
     return columns
 

@@ -104,9 +104,10 @@ def language_model(model: Model, config: Config, *, group_size: int) -> Language
 
 
 def layout_of(config: Config, mesh: Mesh, *, group_size: int, prompts: int) -> Layout:
+    """The shape of one update on `prompts` groups."""
     return choose_layout(
         group_size=group_size,
-        prompts=-(-prompts // config.training.updates),
+        prompts=prompts,
         context_width=bucket(config.data.max_prompt),
         decisions=config.sampling.max_new,
         tokens_per_device=config.batch.tokens_per_device,

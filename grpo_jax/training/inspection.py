@@ -96,7 +96,7 @@ def describe_batch(batch: Batch) -> tuple[dict[str, float], dict[str, Any]]:
             numbers[f"reward/{channel}"] = float(np.nanmean(column))
             numbers[f"reward_std/{channel}"] = float(np.nanstd(column))
     silent: list[int] = []
-    if applies.any():
+    if rewards.shape[1] and (groups >= 0).any():
         names, first = np.unique(groups[groups >= 0], return_index=True)
         ids = host["prompt_ids"][real][groups >= 0][first]
         for group, prompt in zip(names, ids):

@@ -172,5 +172,6 @@ def test_without_rewards_there_are_no_numbers_of_rewards(toy):
     )
     assert not any(name.startswith(("reward", "no_signal")) for name in numbers) and named == {"no_signal": []}
     missing = np.full((len(rows), 1), np.nan, np.float32)
-    numbers, _ = describe_batch(toy.batch(rows).replace(scores=missing, rewards=missing))
-    assert not any(name.startswith(("reward", "no_signal")) for name in numbers)
+    numbers, named = describe_batch(toy.batch(rows).replace(scores=missing, rewards=missing))
+    assert not any(name.startswith("reward") for name in numbers)
+    assert numbers["no_signal"] == 1 and named["no_signal"], "rewards that never apply are no signal, and said so"
