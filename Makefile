@@ -1,10 +1,10 @@
-# make quickstart   a rising reward in two minutes on a laptop: no GPU, no model hub, no account
+# make quickstart   a rising reward in about a minute on a laptop: no GPU, no model hub, no account
 # make test         what CI runs first
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test parity lint types light bench clean
+.PHONY: quickstart test parity lint types light clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/grpo-jax train configs/quickstart.yaml directory=runs/quickstart-$$(date +%Y%m%d-%H%M%S)

@@ -24,9 +24,9 @@ Train as CONFIG (a YAML file) says; key.path=value overrides any of its keys, wi
   grpo-jax train configs/quickstart.yaml steps=50 method.kl=0.01 mesh.fsdp=4
 
 The run's directory (`directory`, default runs/NAME) gets config.yaml, metrics.jsonl, samples.jsonl, TensorBoard files,
-checkpoints/, report.html and its picture. The same command goes on from the newest checkpoint; Ctrl-C and SIGTERM save
-one first. The last line, for scripts, is `NAME: pass@1 BEFORE -> AFTER in S s`; with evaluation.at_least set, a
-pass@1 below it makes the exit status 1."""
+checkpoints/, report.html and its picture. The same command goes on from the newest checkpoint. Ctrl-C and SIGTERM stop
+after the step in hand and save one (a second Ctrl-C stops at once). The last line, for scripts, is
+`NAME: pass@1 BEFORE -> AFTER in S s`; with evaluation.at_least set, a pass@1 below it makes the exit status 1."""
 
 EVAL = """\
 Evaluate a run's policy (its best checkpoint, else the newest) or the model of a configuration on the held-out prompts:
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
         status = options.run(options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        print("grpo-jax: interrupted", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         status = 130
     except Exception as error:
         if os.environ.get("GRPO_JAX_DEBUG"):
@@ -53,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         user_error = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, KeyError))
         if not user_error:
             raise
-        cause = f"\ncaused by {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else ""
+        inner = error.__cause__
+        told = inner is None or str(inner) in str(error)
+        cause = "" if told else f"\ncaused by {type(inner).__name__}: {inner}"
         print(f"grpo-jax: {error}{cause}{notes}", file=sys.stderr)
         status = 1
     sys.exit(status or 0)
@@ -120,6 +123,8 @@ def train(options: argparse.Namespace) -> int:
     experiment.train()
     before, after = experiment.evaluations.get(0), experiment.evaluations.get(experiment.run.state.step)
     seconds = time.perf_counter() - started
+    if experiment.run.state.step < config.steps:
+        return 143  # stopped from outside: nothing that comes after it should take it for finished
     if before is None or after is None:
         print(f"{config.name}: {experiment.run.state.step} steps in {seconds:.0f} s")
         return 0

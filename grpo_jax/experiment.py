@@ -108,8 +108,8 @@ class Experiment:
         """Train to `steps` (default: the configured number); return the last evaluation's numbers, or the last step's.
 
         Resumes by itself from the newest checkpoint of the run's directory. Evaluates before the first step and after
-        the last, writes metrics, sampled groups and checkpoints on the way, and the report at the end. On an error, on
-        Ctrl-C and on SIGTERM the state after the last whole step is saved first.
+        the last, writes metrics, sampled groups and checkpoints on the way, and the report at the end. On an error the
+        state after the last whole step is saved first; Ctrl-C and SIGTERM stop after the step in hand.
         """
         config, steps = self.config, self.config.steps if steps is None else steps
         console = config.metrics.console and not quiet and jax.process_index() == 0
@@ -282,7 +282,14 @@ class Experiment:
         """A group of completions of the current policy; `language.text(rollout)` is their text."""
         prompt = prompt if isinstance(prompt, Prompt) else Prompt(0, prompt)
         temperature = options.pop("temperature", None)
-        asked = [Request(prompt, count=count or self.config.batch.group_size, temperature=temperature, options=options)]
+        asked = [
+            Request(
+                prompt,
+                count=self.config.batch.group_size if count is None else count,
+                temperature=temperature,
+                options=options,
+            )
+        ]
         return self.domain.sample(self._params(), asked, fold(seed, "sample"))
 
     def group(self, prompt: Prompt | None = None) -> None:

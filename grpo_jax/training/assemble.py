@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,11 +143,12 @@ def sources(config: Config, prompts: Any = None) -> Sources:
     """The configured sources; `prompts` (rows in memory) stands for `data.source`."""
     warmup, evaluation = config.warmup, config.evaluation
     if prompts is None and config.data.source == "addition":
-        train, held_out = data.addition(**{"seed": config.seed, **config.data.options})
+        train, held_out = _made(data.addition, "data.options", {"seed": config.seed, **config.data.options})
         made = None
         if warmup is not None and warmup.source == "demonstrations":
             count = warmup.steps * warmup.prompts
-            made = data.demonstrations(train, **{"seed": config.seed, "count": count, **warmup.options})
+            given = {"problems": train, "seed": config.seed, "count": count, **warmup.options}
+            made = _made(data.demonstrations, "warmup.options", given)
         elif warmup is not None:
             made = _plain(warmup.source)
         return Sources(train, _plain(evaluation.source) or held_out, made)
@@ -240,6 +242,13 @@ def _local(path: str | Path) -> str:
         raise FileNotFoundError(
             f"{path} is no directory, and as a hub name it could not be had: {error}. Give the path of a directory"
         ) from error
+
+
+def _made(function: Callable[..., Any], key: str, given: dict[str, Any]) -> Any:
+    known = inspect.signature(function).parameters
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"{key}: there is no option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+    return function(**given)
 
 
 def _plain(source: Any) -> Any:

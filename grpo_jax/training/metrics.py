@@ -287,7 +287,7 @@ def _open_tensorboard(
     except ImportError:
         warnings.warn(
             "no TensorBoard files are written: tensorboardX is not installed. "
-            "pip install 'grpo_jax[tensorboard]', or turn it off with tensorboard=False.",
+            "pip install tensorboardX, or set metrics.tensorboard=false.",
             stacklevel=3,
         )
         return None

@@ -122,7 +122,8 @@ class Progress:
         now = time.perf_counter()
         self.done = step
         self._numbers |= numbers
-        self._marks.append((now, step))
+        if step > self._start:  # what comes before the first step is no part of its rate
+            self._marks.append((now, step))
         if len(self._marks) > 4096:  # thinned, so that a run of a million steps costs nothing
             self._marks = self._marks[:1] + self._marks[1::2]
         if not self._enabled or self._live:  # the terminal line redraws itself

@@ -7,18 +7,24 @@ import threading
 
 
 class StopSignal:
-    """SIGTERM (a preemption, a scheduler) asks for a stop after the step in hand."""
+    """Ctrl-C, or SIGTERM (a preemption, a scheduler), asks for a stop after the step in hand; the second one stops at
+    once."""
 
     asked = False
 
     def __enter__(self) -> StopSignal:
+        self._before = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before)
+        self._restore()
 
     def _ask(self, *_: object) -> None:
         self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
