@@ -102,8 +102,6 @@ class Experiment:
         self.numbers: dict[str, float] = {}
         self.evaluations: dict[int, dict[str, float]] = {}
 
-    # ---- the run ---------------------------------------------------------------------------------------------------
-
     def train(self, steps: int | None = None, *, quiet: bool = False) -> dict[str, float]:
         """Train to `steps` (default: the configured number); return the last evaluation's numbers, or the last step's.
 
@@ -249,9 +247,7 @@ class Experiment:
                 f"The state after {step} steps is in {self.checkpoints.directory}; the same command goes on from there."
             )
 
-    # ---- looking at it ---------------------------------------------------------------------------------------------
-
-    def evaluate(self, prompts: Sequence[Prompt] | None = None, *, step: int | None = None) -> Evaluation:
+    def evaluate(self, prompts: Sequence[Prompt] | None = None) -> Evaluation:
         """Held-out numbers of the current policy: greedy, pass@1, unbiased pass@k, maj@k."""
         section = self.config.evaluation
         prompts = self.held_out if prompts is None else prompts
@@ -325,8 +321,6 @@ class Experiment:
     def _params(self) -> dict[str, Any]:
         return self.run.params if self.run else {"policy": self.model.params}
 
-    # ---- beginning and end -----------------------------------------------------------------------------------------
-
     def _held_out(self, source: Any) -> list[Prompt]:
         if source is None:
             return []
@@ -346,9 +340,9 @@ class Experiment:
             (self.directory / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
 
     def _warm_params(self, writer: metrics.Metrics, console: bool) -> Any:
+        params = self._starting_params()
         if self.config.warmup is None:
-            return None
-        self._starting_params()
+            return params
         return warm_up(self.config, self.model, self.domain, self.demonstrations, writer, console=console)
 
     def _starting_params(self) -> Any:

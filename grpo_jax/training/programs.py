@@ -11,7 +11,7 @@ import numpy as np
 
 from grpo_jax.training.deal import lay_out
 from grpo_jax.training.keys import fold
-from grpo_jax.training.step import Policy, evaluate_all, train_step
+from grpo_jax.training.step import Evaluate, Policy, evaluate_all, train_step
 from grpo_jax.types import Batch, Decisions, Key
 
 if TYPE_CHECKING:
@@ -87,9 +87,10 @@ class Compiled:
         return self._asks_for_old
 
     def _evaluate_role(self, params, batch: Batch, under, order, count, *, role: str) -> Decisions:
-        run = self.run
-        evaluate = partial(run.domain.evaluate, role=role, wants=run.method.wants)
-        return evaluate_all(lambda p, b: evaluate(p, b), params, batch, under, order, count, run.mesh)
+        return evaluate_all(self._evaluator(role), params, batch, under, order, count, self.run.mesh)
+
+    def _evaluator(self, role: str) -> Evaluate:
+        return partial(self.run.domain.evaluate, role=role, wants=self.run.method.wants)
 
     def _shape_batch(self, batch: Batch, arrays: Any, key: Key) -> tuple[dict[str, Any], Any]:
         """The fields that the two seams fill or edit."""
@@ -101,7 +102,6 @@ class Compiled:
 
     def _train_step(self, policy: Policy, batch: Batch, arrays, order, count, *, role: str, first: bool):
         run = self.run
-        evaluate = lambda params, rows: run.domain.evaluate(params, rows, role=role, wants=run.method.wants)  # noqa: E731
         return train_step(
-            run.method, evaluate, run.optimizer, run.mesh, policy, batch, arrays, order, count, first=first
+            run.method, self._evaluator(role), run.optimizer, run.mesh, policy, batch, arrays, order, count, first=first
         )
