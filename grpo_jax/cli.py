@@ -1,4 +1,4 @@
-"""The command line: train, eval, sample, export, report, config."""
+"""The command line: train, eval, sample, export, report, config, methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ EXAMPLES = """\
   grpo-jax sample runs/quickstart "23+45=" --count 8
   grpo-jax export runs/quickstart my-model
   grpo-jax report runs/quickstart
-  grpo-jax config configs/quickstart.yaml"""
+  grpo-jax config configs/quickstart.yaml
+  grpo-jax methods"""
 
 TRAIN = """\
 Train as CONFIG (a YAML file) says; key.path=value overrides any of its keys, with the value read as YAML:
@@ -35,7 +36,12 @@ greedy, pass@1, unbiased pass@k, and maj@k, the share whose most frequent answer
 SAMPLE = "Draw a group of completions for a prompt, with their log-probs under the policy."
 EXPORT = "Write the policy of a run as a Hugging Face directory that transformers loads, tokenizer included."
 REPORT = "Draw the run's curves (report.png) and write one self-contained page with sampled groups (report.html)."
-CONFIG = "Print the resolved configuration as YAML, or without a file every key with its type, default and meaning."
+CONFIG = """\
+Print the resolved configuration as YAML, or without a file every key with its type, default and meaning.
+
+A file may stand on another with `base: other.yaml` (relative to itself): mappings are merged key by key, but one that
+gives a `name` or `source` replaces the base's."""
+METHODS = "The methods that method.name may say, a line each; with a name, what it does and its options."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
     added = command("config", "show the configuration", CONFIG, show_config)
     added.add_argument("config", nargs="?", help="YAML file; without it, the list of all keys")
     added.add_argument("overrides", **overrides)
+
+    added = command("methods", "the methods, a line each", METHODS, show_methods)
+    added.add_argument("name", nargs="?", help="one of them, or path/to/file.py:function")
     return top
 
 
@@ -195,6 +204,19 @@ def show_config(options: argparse.Namespace) -> int:
     widths = [max(len(getattr(row, name)) for row in rows) for name in ("key", "type", "default")]
     for row in rows:
         print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths)) + f"  {row.meaning}")
+    return 0
+
+
+def show_methods(options: argparse.Namespace) -> int:
+    from grpo_jax import methods
+
+    if options.name:
+        print(methods.explain(options.name))
+        return 0
+    lines = methods.summaries()
+    width = max(map(len, lines))
+    for name, line in lines.items():
+        print(f"{name:<{width}}  {line}")
     return 0
 
 

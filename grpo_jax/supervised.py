@@ -22,10 +22,12 @@ def warm_up(
 ) -> PyTree:
     """The policy's parameters after `config.warmup.steps` updates on the completions of `source`.
 
-    The model's own parameters are given up to it. Files are shuffled; the built-in demonstrations have an order.
+    The model's own parameters are given up to it. Files are shuffled; rows that a function makes have an order.
     """
     section = config.warmup
-    pool = assemble.open_pool(config, source, model.tokenizer, shuffle=section.source != "demonstrations")
+    pool = assemble.open_pool(
+        config, source, model.tokenizer, shuffle=not isinstance(source, list) or isinstance(source[0], str)
+    )
     method = methods.resolve("sft", options={}, settings={"prompts": section.prompts})
     transform, _ = optimizer(section.optimizer, section.steps)
     seen: list[dict[str, float]] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax import cli, models
+from grpo_jax import cli, methods, models
 
 CONFIG = """
 name: small
@@ -22,7 +22,7 @@ optimizer: {learning_rate: 1e-3}
 evaluation: {every: 2, prompts: 8, samples: 4, k: [1, 4]}
 metrics: {tensorboard: true}
 """
-COMMANDS = ("train", "eval", "sample", "export", "report", "config")
+COMMANDS = ("train", "eval", "sample", "export", "report", "config", "methods")
 
 
 def run(*arguments: str) -> int:
@@ -90,6 +90,17 @@ def test_report_and_config(trained, capsys):
     assert "learning_rate: 0.0005" in capsys.readouterr().out
     assert run("config") == 0
     assert "tokens, prompts included, that one device computes at once" in capsys.readouterr().out
+
+
+def test_methods_are_listed_and_explained(capsys):
+    assert run("methods") == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert listed.keys() == set(methods.names()) and "median" in listed["mc_grpo"]
+    assert run("methods", "mc_grpo") == 0
+    out = capsys.readouterr().out
+    assert "arXiv:2601.22582" in out and "scale: str = mad" in out and "clip_low: float = 0.2" in out
+    assert run("methods", "mc_grop") == 1
+    assert "did you mean 'mc_grpo'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

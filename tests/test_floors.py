@@ -12,6 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 FLOORS = {
+    "references": 1,
     "segments": 1,
     "types": 1,
     "advantages": 2,

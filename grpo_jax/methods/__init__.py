@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+from grpo_jax.references import load_function
 from grpo_jax.types import Method
 
 
 def names() -> list[str]:
     """The methods that can be named in a configuration."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def summaries() -> dict[str, str]:
+    """What each of them does, in a line: the first line of its file."""
+    return {name: inspect.getdoc(importlib.import_module(f"{__name__}.{name}")).splitlines()[0] for name in names()}
 
 
 def resolve(name: str, *, options: Mapping[str, Any], settings: Mapping[str, Any]) -> Method:
@@ -28,10 +33,7 @@ def resolve(name: str, *, options: Mapping[str, Any], settings: Mapping[str, Any
     """
     factory = _factory(name)
     parameters = inspect.signature(factory).parameters
-    known = {k for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # the rest goes to plain GRPO
-        known |= set(inspect.signature(_factory("grpo")).parameters)
-    known -= {"aggregate", *settings}  # a function, for Python only; and what the run itself decides
+    known = {p.name for p in _options(factory)} - set(settings)
     unknown = sorted(set(options) - known)
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 1)
@@ -44,17 +46,26 @@ def resolve(name: str, *, options: Mapping[str, Any], settings: Mapping[str, Any
     return factory(**wanted, **options)
 
 
+def explain(name: str) -> str:
+    """What a method does and its options with their defaults, for people."""
+    factory = _factory(name)
+    options = ", ".join(str(p).replace("'", "") for p in _options(factory) if p.default is not p.empty)
+    module = inspect.getdoc(sys.modules[factory.__module__]) or ""
+    return "\n\n".join([module.partition("\n")[0], inspect.getdoc(factory) or "", f"options: {options}"])
+
+
+def _options(factory: Callable[..., Method]) -> list[inspect.Parameter]:
+    """What a configuration may choose; what a method passes on with **options goes to plain GRPO."""
+    parameters = dict(inspect.signature(factory).parameters)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        parameters = {k: p for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+        parameters = {**parameters, **dict(inspect.signature(_factory("grpo")).parameters), **parameters}
+    return [p for p in parameters.values() if p.name != "aggregate"]  # a function, for Python only
+
+
 def _factory(name: str) -> Callable[..., Method]:
     if ":" in name:
-        path, _, function = name.rpartition(":")
-        if not Path(path).is_file():
-            raise ValueError(f"method {name!r}: there is no file {path}")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not hasattr(module, function):
-            raise ValueError(f"method {name!r}: {path} has no function {function!r}")
-        return getattr(module, function)
+        return load_function(name)
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from grpo_jax.references import load_function
 from grpo_jax.rewards.exact import exact_match, numeric_match
 from grpo_jax.rewards.format import regex_format, tag_format
 from grpo_jax.rewards.length import length_penalty
@@ -150,44 +146,7 @@ def _find(source: str) -> Callable:
             + f" Built in are {', '.join(BUILT_IN)}; one of your own is 'path/to/file.py:function' or "
             + (f"{module + ':' + function!r}." if module and not source.endswith(".py") else "'module:function'.")
         )
-    place, _, attribute = source.rpartition(":")
-    found: Any = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
-    own = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            nearest = difflib.get_close_matches(attribute, own, 3, 0.4) or own
-            raise ValueError(f"{place} has no function {attribute!r}; it has {', '.join(nearest) or 'none'}")
-        found = getattr(found, part)
-    return found
-
-
-def _load_file(path: Path) -> ModuleType:
-    full = path.expanduser().resolve()
-    if not full.is_file():
-        raise ValueError(f"there is no file {str(path)!r} (looked for {full})")
-    name = "reward_file_" + str(full).encode().hex()  # one module per file, whatever its functions are called
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, full)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is not a Python file that can be loaded")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[name]
-        if isinstance(error, Exception):
-            raise ValueError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
-        raise
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise ValueError(f"the module {name!r} could not be loaded: {type(error).__name__}: {error}") from error
+    return load_function(source)
 
 
 def _check_options(whose: str, function: Callable, options: Mapping[str, Any], *, all_of_them: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax import data, models, rewards
+from grpo_jax.references import load_function
 from grpo_jax.sampling import LanguageModel, bucket
 from grpo_jax.training.configuration import Config
 from grpo_jax.training.deal import Layout, choose_layout
@@ -140,23 +141,30 @@ class Sources(NamedTuple):
 
 
 def sources(config: Config, prompts: Any = None) -> Sources:
-    """The configured sources; `prompts` (rows in memory) stands for `data.source`."""
+    """The configured sources; `prompts` (rows in memory) stands for `data.source`.
+
+    A source is made by a function if it names one: the built-in task, or path/to/file.py:function.
+    """
     warmup, evaluation = config.warmup, config.evaluation
-    if prompts is None and config.data.source == "addition":
-        train, held_out = _made(data.addition, "data.options", {"seed": config.seed, **config.data.options})
-        made = None
-        if warmup is not None and warmup.source == "demonstrations":
-            count = warmup.steps * warmup.prompts
-            given = {"problems": train, "seed": config.seed, "count": count, **warmup.options}
-            made = _made(data.demonstrations, "warmup.options", given)
-        elif warmup is not None:
-            made = _plain(warmup.source)
-        return Sources(train, _plain(evaluation.source) or held_out, made)
-    return Sources(
-        _plain(config.data.source) if prompts is None else prompts,
-        _plain(evaluation.source),
-        None if warmup is None else _plain(warmup.source),
-    )
+    train, held_out = _plain(config.data.source) if prompts is None else prompts, _plain(evaluation.source)
+    make = None if prompts is not None else _maker(config.data.source, {"addition": data.addition})
+    if make is not None:
+        train, test = _made(make, "data.options", {**config.data.options}, {"seed": config.seed})
+        held_out = held_out or test
+    demonstrations = None if warmup is None else _plain(warmup.source)
+    if warmup is not None and (make := _maker(warmup.source, {"demonstrations": data.demonstrations})):
+        count = warmup.steps * warmup.prompts
+        demonstrations = _made(
+            make, "warmup.options", {"problems": train, "count": count, **warmup.options}, {"seed": config.seed}
+        )
+    return Sources(train, held_out, demonstrations)
+
+
+def _maker(source: Any, built_in: Mapping[str, Callable[..., Any]]) -> Callable[..., Any] | None:
+    """The function that a source names, if it names one."""
+    if not isinstance(source, str):
+        return None
+    return load_function(source) if ".py:" in source else built_in.get(source)
 
 
 class Verifier:
@@ -244,11 +252,12 @@ def _local(path: str | Path) -> str:
         ) from error
 
 
-def _made(function: Callable[..., Any], key: str, given: dict[str, Any]) -> Any:
+def _made(function: Callable[..., Any], key: str, given: dict[str, Any], offered: dict[str, Any]) -> Any:
+    """What the function makes of its options, and of those offered values that it takes."""
     known = inspect.signature(function).parameters
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"{key}: there is no option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
-    return function(**given)
+    return function(**{k: v for k, v in offered.items() if k in known} | given)
 
 
 def _plain(source: Any) -> Any:

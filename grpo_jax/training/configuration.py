@@ -32,22 +32,16 @@ class Row(NamedTuple):
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file, with `key.path=value` overrides on top (values are YAML, lists by position).
 
+    A file with the key `base`, another file's path relative to it, goes on top of that one: mappings are merged key by
+    key, but one that says anew what it is, by `name` or `source`, replaces the base's.
+
     Raises: ConfigurationError naming the file and line, or the override, with the dotted key, what was given, what is
     expected, and the nearest valid name.
     """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        found = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
-        hint = f"; {file.parent} has {', '.join(found)}" if found else ""
-        raise ConfigurationError(f"cannot read the configuration {file}: {error}{hint}") from error
-    values, places = _read(text, str(file))
-    if not isinstance(values, dict):
-        raise ConfigurationError(f"{file} must hold keys and values, such as `steps: 100`; got {_given(values)}")
+    values, places = _read_file(Path(path), ())
     for override in overrides:
         _override(values, places, override)
-    return _validate(values, places, str(file))
+    return _validate(values, places, str(path))
 
 
 def parse(values: Mapping[str, Any]) -> Config:
@@ -91,6 +85,37 @@ for _yaml in (_Loader, _Dumper):
 _Dumper.add_representer(tuple, _Dumper.represent_list)
 
 _Key = tuple[str, ...]
+
+
+def _read_file(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[_Key, str]]:
+    """The values of a file on top of those of its base, and the place of every key. above: files that lead here."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
+        hint = f"; {file.parent} has {', '.join(found)}" if found else ""
+        raise ConfigurationError(f"cannot read the configuration {file}: {error}{hint}") from error
+    values, places = _read(text, str(file))
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{file} must hold keys and values, such as `steps: 100`; got {_given(values)}")
+    if "base" not in values:
+        return values, places
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise ConfigurationError(f"{places[('base',)]}: base is {_given(base)}; expected the path of another file")
+    above = (*above, file.resolve())
+    if (file.parent / base).resolve() in above:
+        raise ConfigurationError(f"{places[('base',)]}: base {base} leads back to this file")
+    below, places_below = _read_file(file.parent / base, above)
+    return _merge(below, values), {**places_below, **places}
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    def joined(low: Any, high: Any) -> Any:
+        both = isinstance(low, dict) and isinstance(high, dict)
+        return _merge(low, high) if both and not {"name", "source"} & high.keys() else high
+
+    return {**below, **{key: joined(below.get(key), value) for key, value in above.items()}}
 
 
 def _read(text: str, where: str) -> tuple[Any, dict[_Key, str]]:

@@ -71,7 +71,8 @@ class ModelSection(Section):
 
 class DataSection(Section):
     source: str | Texts = Field(
-        description='prompts: .jsonl or .parquet files, a directory, a dataset name, or "addition", the built-in task'
+        description='prompts: .jsonl or .parquet files, a directory, a dataset name, "addition" (built in), '
+        "or path/to/file.py:function that makes (training rows, held-out rows)"
     )
     split: str | None = Field(None, description="split of a dataset, such as train")
     prompt_column: str = Field("prompt", description="column with the prompt: text or a list of chat messages")
@@ -81,7 +82,7 @@ class DataSection(Section):
     max_prompt: Count = Field(512, description="longest prompt in tokens; longer ones are left out and counted")
     shuffle: bool = Field(True, description="shuffle each epoch, by the seed")
     tokenizer: str | None = Field(None, description='path, or "bytes" for the embedded one; null: the model\'s own')
-    options: dict[str, Any] = Field({}, description="options of the built-in task")
+    options: dict[str, Any] = Field({}, description="options of the function that makes the prompts")
 
 
 def _named(value: Any) -> Any:
@@ -149,14 +150,16 @@ class SupervisedOptimizerSection(OptimizerSection):
 
 class WarmupSection(Section):
     source: str | Texts = Field(
-        "demonstrations", description='prompts with completions: files, or "demonstrations" of the built-in task'
+        "demonstrations",
+        description='prompts with completions: files, "demonstrations" of the built-in task, or '
+        "path/to/file.py:function(problems, count)",
     )
     steps: Count = Field(200, description="supervised updates before the first rollout")
     prompts: Count = Field(64, description="examples per update")
     optimizer: SupervisedOptimizerSection = Field(
         SupervisedOptimizerSection(), description="the optimizer of the supervised updates"
     )
-    options: dict[str, Any] = Field({}, description="options of the built-in task's demonstrations")
+    options: dict[str, Any] = Field({}, description="options of the function that makes the completions")
 
 
 class MeshSection(Section):
@@ -185,7 +188,7 @@ class CheckpointSection(Section):
 class EvaluationSection(Section):
     every: Period = Field(50, description="steps between evaluations; 0: only before the first step and after the last")
     source: str | Texts | None = Field(
-        None, description="held-out prompts; null: the built-in task's, or no evaluation for other sources"
+        None, description="held-out prompts; null: those of the function in data.source, if one is there"
     )
     split: str | None = Field(None, description="split of a dataset, such as test")
     prompts: Count = Field(128, description="how many of the held-out prompts are used")

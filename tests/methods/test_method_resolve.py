@@ -33,7 +33,7 @@ def test_every_file_is_a_method():
     [
         ("grppo", r"no method 'grppo'; did you mean 'grpo'\? Known: .*disco.*, or path/to/file.py:function"),
         ("xyzzy", r"no method 'xyzzy'\. Known"),
-        ("nowhere.py:mine", "there is no file nowhere.py"),
+        ("nowhere.py:mine", "there is no file 'nowhere.py'"),
     ],
 )
 def test_unknown_methods(name, said):

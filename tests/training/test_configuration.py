@@ -259,6 +259,52 @@ def test_the_tightest_fits_are_accepted():
 # Description
 
 
+def test_a_base_with_another_file_on_top(tmp_path):
+    (tmp_path / "low.yaml").write_text(
+        "steps: 5\nname: low\nmodel: {path: tiny, tiny: {layers: 3, hidden: 32}}\n"
+        "data: {source: addition, max_prompt: 9}\n"
+        "method: {name: grpo, kl: 0.5}\nwarmup: {steps: 3, options: {noise: 0.1}}\nrewards: [exact, numeric]\n"
+    )
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "middle.yaml").write_text("base: ../low.yaml\nname: middle\nmodel: {tiny: {hidden: 48}}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text(
+        "base: inner/middle.yaml\nmethod: {name: rloo}\nrewards: [exact]\nwarmup: {options: {clean: 0.2}}\n"
+        "data: {source: [x.jsonl]}\n"
+    )
+    config = load_config(top, ["model.tiny.layers=4"])
+    assert (config.name, config.steps, config.directory) == ("middle", 5, "runs/middle")
+    assert (config.model.tiny.layers, config.model.tiny.hidden) == (4, 48)  # merged, key by key
+    assert config.method.options == {} and config.method.name == "rloo"  # named anew: the options of the other are gone
+    assert config.data.source == ("x.jsonl",) and config.data.max_prompt == 512
+    assert config.warmup.options == {"noise": 0.1, "clean": 0.2} and len(config.rewards) == 1
+    assert load_config(_written(tmp_path, to_yaml(config))) == config
+
+
+def test_errors_of_a_base_name_its_file_and_line(tmp_path):
+    low, top = tmp_path / "low.yaml", tmp_path / "top.yaml"
+    low.write_text("steps: 5\nmodel: {path: tiny}\ndata: {source: addition}\nseeed: 1\n")
+    top.write_text("base: low.yaml\nbatch: {promts: 3}\n")
+    with pytest.raises(ConfigurationError) as error:
+        load_config(top)
+    assert f"{low}:4: seeed is not a key" in str(error.value) and f"{top}:2: batch.promts" in str(error.value)
+    low.write_text("base: top.yaml\n")
+    with pytest.raises(ConfigurationError, match=r"low.yaml:1: base top.yaml leads back to this file"):
+        load_config(top)
+    top.write_text("base: 3\n")
+    with pytest.raises(ConfigurationError, match=r"top.yaml:1: base is 3 .*expected the path of another file"):
+        load_config(top)
+    top.write_text("base: nowhere.yaml\n")
+    with pytest.raises(ConfigurationError, match="cannot read the configuration .*nowhere.yaml.* has low.yaml"):
+        load_config(top)
+
+
+def _written(folder, text):
+    path = folder / "written.yaml"
+    path.write_text(text)
+    return path
+
+
 def test_every_key_is_described():
     rows = {row.key: row for row in describe()}
     assert all(row.meaning and row.type for row in rows.values())
