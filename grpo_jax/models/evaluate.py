@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.losses import chunked_logps
+from grpo_jax.losses import chunk_length, chunked_logps
 from grpo_jax.models.transformer import merge
 from grpo_jax.types import Batch, Decisions, PyTree
 
@@ -43,6 +43,7 @@ def evaluate(graphdef, params: PyTree, rows: Batch, *, wants: Sequence[str] = ()
         temperature=rows.temperature.reshape(c, g),
         softcap=model.config.final_softcap,
         entropy="entropy" in wants,
+        chunk=chunk_length(n, *model.head().shape),  # rows may be divided over devices
     )
     flat = jax.tree.map(lambda x: x.reshape(n, t), (logps, stats))
     return Decisions(logps=flat[0], stats=flat[1])

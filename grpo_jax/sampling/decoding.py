@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.losses import chunked_logps
+from grpo_jax.losses import chunk_length, chunked_logps
 from grpo_jax.models import KeysValues, merge, softcap
 from grpo_jax.types import Key, PyTree
 
@@ -75,7 +75,8 @@ def draw(graphdef, params: PyTree, cells: Cells, key: Key, *, restricts: bool, h
         inputs = jnp.concatenate([first, cells.given[..., :-1]], axis=-1)
         hidden, own = model.decode(inputs, prefix, prefix_lengths, own, start)
         there = jnp.arange(t_max) < cells.given_lengths[..., None]
-        logps, _ = chunked_logps(hidden, head, cells.given, temperature=scale, softcap=cap)
+        chunk = chunk_length(c * g, *head.shape)  # cells may be divided over devices
+        logps, _ = chunked_logps(hidden, head, cells.given, temperature=scale, softcap=cap, chunk=chunk)
         sampler_logps = jnp.where(there, logps, 0.0)
         start = jnp.min(jnp.where(wants_more, cells.given_lengths, t_max))
 

@@ -227,8 +227,9 @@ def test_sharded_rows(chunk):
     arrays = make((8,))
 
     def loss(hidden, head, targets):
-        logps, extra = losses.chunked_logps(hidden, head, targets, entropy=True, chunk=chunk)
-        return (logps**2).sum() + extra["entropy"].sum()
+        again = hidden[..., ::-1], head[::-1] + 1
+        logps, extra = losses.chunked_logps(hidden, head, targets, entropy=True, reference=again, chunk=chunk)
+        return (logps**2).sum() + extra["entropy"].sum() + (extra["kl"] ** 2).sum()
 
     expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arrays)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -288,10 +289,117 @@ def test_padding_the_vocabulary_away_or_the_length_does_not_matter():
     np.testing.assert_allclose(longer[:3, :7], base, rtol=1e-5, atol=1e-6)
 
 
+def kl_plain(xp, hidden, head, there, far, temperature=1.0, softcap=None):
+    """sum_v p_v (log p_v - log q_v) with all logits at once."""
+
+    def log_softmax(hidden, head):
+        logits = hidden @ head
+        if softcap is not None:
+            logits = softcap * xp.tanh(logits / softcap)
+        logits = logits / xp.broadcast_to(xp.asarray(temperature), hidden.shape[:-2])[..., None, None]
+        return (
+            logits
+            - logits.max(-1, keepdims=True)
+            - xp.log(xp.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        )
+
+    p, q = log_softmax(hidden, head), log_softmax(there, far)
+    return (xp.exp(p) * (p - q)).sum(-1)
+
+
+def second(rows=(3,), length=7, features=5, vocabulary=11):
+    hidden, head, _ = make(rows, length, features, vocabulary, seed=5)
+    return hidden, head
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 1])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_kl_to_a_second_head(options, chunk):
+    """Value against float64; gradients, together with those of log-probs and entropy, against the plain way."""
+    (hidden, head, targets), reference = make(), second()
+    wide = [np.asarray(x, np.float64) for x in (hidden, head, *reference)]
+    expected = kl_plain(np, *wide, **options)
+    pulls = np.random.default_rng(1).normal(size=(3, 3, 7)).astype(np.float32)
+
+    def ours(hidden, head, *reference):
+        logps, more = losses.chunked_logps(
+            hidden, head, targets, reference=reference, entropy=True, chunk=chunk, **options
+        )
+        return jnp.sum(pulls[0] * logps + pulls[1] * more["entropy"] + pulls[2] * more["kl"]), more["kl"]
+
+    def other(hidden, head):
+        logps, entropies = plain(jnp, hidden, head, targets, **options)
+        return jnp.sum(
+            pulls[0] * logps + pulls[1] * entropies + pulls[2] * kl_plain(jnp, hidden, head, *reference, **options)
+        )
+
+    got, kl = jax.jit(jax.grad(ours, (0, 1, 2, 3), has_aux=True))(hidden, head, *reference)
+    np.testing.assert_allclose(kl, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(got, jax.jit(jax.grad(other, (0, 1)))(hidden, head)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert not any(g.any() for g in got[2:]), "the reference is no variable of the loss"
+    alone = losses.chunked_logps(hidden, head, targets, reference=reference, chunk=chunk, **options)[1]
+    np.testing.assert_array_equal(alone["kl"].shape, targets.shape)
+    np.testing.assert_allclose(alone["kl"], kl, rtol=1e-6, atol=1e-6)
+
+
+def test_kl_to_itself_is_nothing_and_has_no_slope():
+    hidden, head, targets = make()
+
+    def kl(hidden):
+        return losses.chunked_logps(hidden, head, targets, reference=(make()[0], head), chunk=2)[1]["kl"].sum()
+
+    value, slope = jax.value_and_grad(kl)(hidden)
+    assert value == 0 and np.abs(slope).max() < 1e-6
+
+
+def test_garbage_in_a_reference_that_does_not_count():
+    (hidden, head, targets), (there, far) = make(), second()
+    mask = np.random.default_rng(0).random(targets.shape) < 0.6
+
+    def loss(hidden, head, there):
+        more = losses.chunked_logps(hidden, head, targets, reference=(there, far), chunk=3)[1]
+        return jnp.sum(jnp.where(mask, more["kl"], 0))
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    for a, b in zip(
+        jax.tree.leaves(run(hidden, head, there)),
+        jax.tree.leaves(run(hidden, head, jnp.where(mask[..., None], there, jnp.nan))),
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("temperature", [0.7, np.linspace(0.5, 2, 24).astype(np.float32).reshape(6, 4)])
+def test_one_position_of_all_rows_may_be_more_than_a_chunk(monkeypatch, temperature):
+    monkeypatch.setattr(
+        "grpo_jax.losses.logprobs.CHUNK_BYTES", 4 * 5 * 110
+    )  # at most five decisions of 24 rows at once
+    hidden, head, targets = make((6, 4), 3, vocabulary=110)
+    reference = second((6, 4), 3, vocabulary=110)
+
+    def loss(hidden, head, chunk):
+        said = losses.chunked_logps(
+            hidden, head, targets, temperature=temperature, entropy=True, reference=reference, chunk=chunk
+        )
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(said)), said
+
+    (_, said), got = jax.jit(jax.value_and_grad(lambda *a: loss(*a, None), (0, 1), has_aux=True))(hidden, head)
+    (_, whole), expected = jax.jit(jax.value_and_grad(lambda *a: loss(*a, 3), (0, 1), has_aux=True))(hidden, head)
+    for a, b in zip(jax.tree.leaves((said, got)), jax.tree.leaves((whole, expected))):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    size, _ = largest(jax.make_jaxpr(jax.grad(lambda *a: loss(*a, None)[0], (0, 1)))(hidden, head).jaxpr)
+    assert size <= 6 * 110  # the head's gradient; a chunk's logits are fewer
+
+
 def test_errors_say_what_was_given():
     hidden, head, targets = make()
     with pytest.raises(ValueError, match=r"\[3, 7, 6\], \[11, 6\] and \[3, 7\]"):
         losses.chunked_logps(hidden, head.T, targets)
+    with pytest.raises(
+        ValueError, match=r"reference is .* \[3, 7, 'F'\] and \['F', 11\]; got \[3, 7, 5\] and \[5, 12\]"
+    ):
+        losses.chunked_logps(hidden, head, targets, reference=second(vocabulary=12))
     with pytest.raises(ValueError, match="softcap .* got 0"):
         losses.chunked_logps(hidden, head, targets, softcap=0.0)
     with pytest.raises(ValueError, match="chunk .* got 0"):
