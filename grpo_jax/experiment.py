@@ -85,6 +85,7 @@ class Experiment:
                 "prompts": config.batch.prompts,
                 "group_size": config.batch.group_size,
                 "max_new": config.sampling.max_new,
+                "steps": config.steps,
             },
         )
         self.language = assemble.language_model(self.model, config, group_size=self.method.group_size)
@@ -136,7 +137,7 @@ class Experiment:
     def begin(self, params: Any = None) -> Run:
         """The run at step 0, from these parameters (default: the model's)."""
         config = self.config
-        transform, self.schedule = make_optimizer(config.optimizer, config.steps * config.training.updates)
+        transform, self.schedule = make_optimizer(config.optimizer, config.steps * config.training.number)
         params = self._starting_params() if params is None else params
         self.pool.restore(self.pool_start)
         self.run = Run(
@@ -151,6 +152,7 @@ class Experiment:
             state=self.method.init(self.pool),
             seed=config.seed,
             updates=config.training.updates,
+            passes=config.training.passes,
         )
         return self.run
 
@@ -222,7 +224,7 @@ class Experiment:
             except BaseException as error:
                 self._rescue(step, position, error)
                 raise
-            rate, failures = float(self.schedule(step * run.updates)), self.verify.take_failures()
+            rate, failures = float(self.schedule(step * config.training.number)), self.verify.take_failures()
             self.numbers = recorder.write(step, rate, failures, groups=step % every == 0, settled=step > first + 1)
             bar.update(step + 1, **self.numbers)
 

@@ -3,12 +3,21 @@
 A segment is the set of rows with the same id. Ids lie in [0, N), so no segment count is passed; a row with id -1
 belongs to no segment, enters no statistic, and gets `outside`. Every function returns one value per row: the statistic
 of the row's segment. `where` leaves rows out of the statistic; they still receive their segment's value. Statistics
-are float32; NaN in a row that is left out does no harm.
+are float32; NaN in a row that is left out does no harm. `join` brings any ids, of one key or several, into [0, N).
 
-All of them work under `jit`, `vmap` and `grad`, and on rows sharded under `shard_map` after `all_gather`.
+Means and spreads are sums of distances from the segment's minimum: their rounding is relative to the segment's spread,
+not to its distance from zero, and by that rounding alone they depend on the order of the rows. However n values are
+ordered, padded or divided, their statistics agree within about n * 6e-8 of the spread (of the sum of magnitudes, for
+`total`), and the mean to the bit where distances are whole numbers, as between rewards of 0 and 1. What picks a value
+(minimum, maximum, medians, rank) is always the same to the bit.
+
+All of them work under `jit`, `vmap` and `grad`, and with `across` on rows that `shard_map` divides over a mesh.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -46,24 +55,40 @@ def mean(values: Values, ids: Ids, where: Where = None, *, outside: float = 0.0)
     a rounded neighbour (0.85 summed seven times and divided by seven is not 0.85 in float32).
     """
     inside = _inside(ids, where)
-    size, low = _sum(jnp.ones(ids.shape, jnp.float32), ids, inside), jax.lax.stop_gradient(_low(values, ids, inside))
-    shifted = jnp.where(inside, values - low[_slot(ids)], 0)
-    return _back(low + _sum(shifted, ids, inside) / jnp.maximum(size, 1), ids, outside)
+    low, shifted = _from_minimum(values, ids, inside)
+    return jnp.where(ids < 0, outside, low + _share(shifted, ids, inside))
+
+
+def centered(values: Values, ids: Ids, where: Where = None) -> Values:
+    """x - mean, exactly 0 for a segment of equal values; 0 outside and for rows left out.
+
+    More than the difference of the two: next to 1e6, a mean rounds to the nearest sixteenth, this does not.
+    """
+    inside = _inside(ids, where)
+    _, shifted = _from_minimum(values, ids, inside)
+    return jnp.where(inside, shifted - _share(shifted, ids, inside), 0)
 
 
 def variance(values: Values, ids: Ids, where: Where = None, *, ddof: int = 0, outside: float = 0.0) -> Values:
     """sum_j (x_j - mean)^2 / (n - ddof); 0 for n <= ddof, and exactly 0 if all values are equal."""
-    inside = _inside(ids, where)
-    size = _sum(jnp.ones(ids.shape, jnp.float32), ids, inside)
-    deviation = jnp.where(inside, values - mean(values, ids, where), 0)
-    squares = _sum(deviation**2, ids, inside)
-    return _back(jnp.where(size > ddof, squares / jnp.maximum(size - ddof, 1), 0), ids, outside)
+    size = count(ids, where)
+    squares = total(centered(values, ids, where) ** 2, ids, where)
+    return jnp.where(ids < 0, outside, jnp.where(size > ddof, squares / jnp.maximum(size - ddof, 1), 0))
 
 
 def std(values: Values, ids: Ids, where: Where = None, *, ddof: int = 0, outside: float = 0.0) -> Values:
-    """Square root of `variance`, with gradient 0 where the variance is 0."""
-    var = variance(values, ids, where, ddof=ddof, outside=outside)
-    return jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1)), var)
+    """Square root of the variance, with gradient 0 where it is 0.
+
+    The squares are taken in units of the largest deviation: values of 1e-25 or 1e25 neither vanish nor overflow.
+    """
+    deviation = centered(values, ids, where)
+    unit = jax.lax.stop_gradient(maximum(jnp.abs(deviation), ids, where))
+    unit = jnp.where(unit > 0, unit, 1)
+    size = count(ids, where)
+    var = total((deviation / unit) ** 2, ids, where) / jnp.maximum(size - ddof, 1)
+    some = (var > 0) & (size > ddof)
+    spread = jnp.where(some, unit * jnp.sqrt(jnp.where(some, var, 1)), jnp.where(jnp.isnan(var), var, 0))
+    return jnp.where(ids < 0, outside, spread)
 
 
 def z_score(
@@ -73,13 +98,10 @@ def z_score(
 
     Exactly 0 for a segment of one row or of equal values, for rows outside, and for rows left out by `where`.
     """
-    centered = jnp.where(_inside(ids, where), values, 0) - mean(values, ids, where)
-    if inside_root:
-        scale = jnp.sqrt(variance(values, ids, where, ddof=ddof) + epsilon)
-    else:
-        scale = std(values, ids, where, ddof=ddof) + epsilon
+    scale = std(values, ids, where, ddof=ddof)
+    scale = jnp.hypot(scale, jnp.sqrt(epsilon)) if inside_root else scale + epsilon
     spread = maximum(values, ids, where) > minimum(values, ids, where)
-    return jnp.where(spread & _inside(ids, where), centered / jnp.where(spread, scale, 1), 0)
+    return jnp.where(spread, centered(values, ids, where) / jnp.where(spread, scale, 1), 0)
 
 
 def minimum(values: Values, ids: Ids, where: Where = None, *, outside: float = 0.0) -> Values:
@@ -89,17 +111,15 @@ def minimum(values: Values, ids: Ids, where: Where = None, *, outside: float = 0
 
 def maximum(values: Values, ids: Ids, where: Where = None, *, outside: float = 0.0) -> Values:
     """max_j x_j"""
-    return _back(-_low(-values, ids, _inside(ids, where)), ids, outside)
+    return _back(-_low(-_float(values), ids, _inside(ids, where)), ids, outside)
 
 
 def leave_one_out_mean(values: Values, ids: Ids, where: Where = None, *, outside: float = 0.0) -> Values:
     """Mean of the other rows of the segment, mean_{j != i} x_j; `outside` where there is no other row."""
-    inside = _inside(ids, where)
-    others = count(ids, where) - inside
-    # The difference from the mean, rather than a sum less one term: equal values give themselves back exactly.
-    average = mean(values, ids, where)
-    own = jnp.where(inside, values - average, 0)
-    return jnp.where((others > 0) & (ids >= 0), average - own / jnp.maximum(others, 1), outside)
+    # By the distance from the mean, rather than a sum less one term: equal values give themselves back exactly.
+    others = count(ids, where) - _inside(ids, where)
+    without = mean(values, ids, where) - centered(values, ids, where) / jnp.maximum(others, 1)
+    return jnp.where((others > 0) & (ids >= 0), without, outside)
 
 
 def rank(values: Values, ids: Ids, where: Where = None, *, ties: str = "first", outside: float = 0.0) -> Values:
@@ -116,7 +136,7 @@ def rank(values: Values, ids: Ids, where: Where = None, *, ties: str = "first", 
     if ties not in ("average", "min"):
         raise ValueError(f'ties must be "first", "average" or "min", got {ties!r}')
     slots = ids[order], jnp.where(inside, values, 0)[order], inside[order]
-    new = jnp.concatenate([jnp.ones(1, bool), jnp.any(jnp.stack([s[1:] != s[:-1] for s in slots]), axis=0)])
+    new = jnp.any(jnp.stack([s != jnp.roll(s, 1) for s in slots]), axis=0).at[:1].set(True)
     run = jnp.cumsum(new) - 1  # runs of equal values within a segment
     here = place[order].astype(jnp.float32)
     if ties == "min":
@@ -154,6 +174,7 @@ def log_mean_exp(values: Values, ids: Ids, where: Where = None, *, outside: floa
     """log (1/n) sum_j exp(x_j), with gradients that are finite for any mask; `outside` where no row counts."""
     inside = _inside(ids, where)
     size = _sum(jnp.ones(ids.shape, jnp.float32), ids, inside)
+    values = _float(values)
     high = jax.lax.stop_gradient(-_low(-values, ids, inside))
     powers = jnp.exp(jnp.where(inside, values - high[_slot(ids)], 0))
     mass = jnp.where(size > 0, _sum(powers, ids, inside) / jnp.maximum(size, 1), 1)
@@ -173,12 +194,41 @@ def join(*keys: Ids) -> Ids:
     return jnp.where(alone, -1, ids)
 
 
+def across(axis_name: str | tuple[str, ...], function: Callable) -> Callable:
+    """`function` for use inside `shard_map`, where rows are divided over mesh axes: it sees the rows of all devices.
+
+    Arrays among the arguments are gathered along their first axis; of results with N rows each device gets its own
+    back, and a scalar, which all devices compute alike, comes back replicated, with the right gradient. Ids are global:
+    in [0, N) over all devices. The numbers are those of one device, bit for bit, since every device computes the whole.
+
+        shard_map(across("data", group_z_score), mesh=mesh, in_specs=P("data"), out_specs=P("data"))(rewards, group_ids)
+    """
+
+    @functools.wraps(function)
+    def over_all_rows(*arguments, **named):
+        local = [len(x) for x in jax.tree.leaves((arguments, named)) if jnp.ndim(x)]
+        gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True) if jnp.ndim(x) else x  # noqa: E731
+        results = function(*jax.tree.map(gather, arguments), **jax.tree.map(gather, named))
+        start = jax.lax.axis_index(axis_name) * local[0]
+
+        def own(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, local[0]) if jnp.ndim(x) else jax.lax.pmean(x, axis_name)
+
+        return jax.tree.map(own, results)
+
+    return over_all_rows
+
+
 def _inside(ids: Ids, where: Where) -> Bool[Array, "N"]:
     return ids >= 0 if where is None else (ids >= 0) & where
 
 
 def _slot(ids: Ids) -> Ids:
     return jnp.maximum(ids, 0)
+
+
+def _float(values: Values) -> Values:
+    return jnp.asarray(values).astype(jnp.float32)
 
 
 def _sum(values: Values, ids: Ids, inside: Bool[Array, "N"]) -> Values:
@@ -193,6 +243,18 @@ def _low(values: Values, ids: Ids, inside: Bool[Array, "N"]) -> Values:
     low = jax.ops.segment_min(values, _slot(ids), ids.shape[0])
     size = jax.ops.segment_sum(inside.astype(jnp.int32), _slot(ids), ids.shape[0])
     return jnp.where(size > 0, low, 0)
+
+
+def _from_minimum(values: Values, ids: Ids, inside: Bool[Array, "N"]) -> tuple[Values, Values]:
+    """The segment's minimum, per row and without gradient, and each row's distance from it, 0 for rows not inside."""
+    low = jax.lax.stop_gradient(_low(values, ids, inside))[_slot(ids)]
+    return low, jnp.where(inside, _float(values) - low, 0)
+
+
+def _share(values: Values, ids: Ids, inside: Bool[Array, "N"]) -> Values:
+    """Sum per segment over its number of rows, per row."""
+    size = _sum(jnp.ones(ids.shape, jnp.float32), ids, inside)
+    return (_sum(values, ids, inside) / jnp.maximum(size, 1))[_slot(ids)]
 
 
 def _back(per_segment: Values, ids: Ids, outside: float) -> Values:

@@ -17,6 +17,7 @@ FLOORS = {
     "types": 1,
     "advantages": 2,
     "losses": 2,
+    "presets": 3,
     "models": 3,
     "data": 3,
     "rewards": 3,

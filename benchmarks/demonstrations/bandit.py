@@ -23,9 +23,9 @@ def learn(
 ) -> tuple[Any, Any, Any]:
     """Gradient descent, `steps` batches for each of `seeds` seeds at once.
 
-    loss(params, state, key) -> (scalar, state): draws its own batch with the key from stop_gradient(params), which with
-    `passes` > 1 are not the policy of the batch any more: take the behaviour policy from `state["behavior"]` then, where
-    this function puts the parameters at the start of each batch if `state` is a dict with that key.
+    loss(params, state, key) -> (scalar, state): draws its own batch with the key from stop_gradient(params). With
+    `passes` > 1 these are not the policy of the batch any more: take it from `state["behavior"]` then, where this
+    function puts the parameters at the start of each batch if `state` is a dict with that key.
     Returns: parameters and state after the last step, and observe(params, state) before every step, [seeds, ...] each.
     """
 

@@ -1,7 +1,7 @@
-"""Addition with shown working: "47+38=" -> "[15..,8.]85". Lengths vary, and form, steps and answer can each be wrong.
+"""Addition with shown working: "47+38=" -> "[15..,8.]85". Form, steps, length and answer can each be wrong.
 
 In brackets stand the sum of the units, then that of the tens with the carry, each followed by dots that mean nothing;
-then the answer. Rewards: answer, form, working, consistent; facts as columns: stratum (steps shown), shown (characters).
+then the answer. Rewards: answer, form, working, consistent. Facts as columns: stratum (steps), shown (characters).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def consistent(prompts, completions, **columns):
 
 
 def facts(prompts, completions, **columns):
-    """No reward (0 for all), but what other parts may compare by: `stratum`, steps shown; `shown`, working's characters."""
+    """No reward (0 for all), but what rows may be compared by: `stratum`, steps shown; `shown`, their characters."""
     count = [min(len(shown(c)), 2) for c in completions]
     characters = [len(c.partition("]")[0]) for c in completions]
     return Scored({"facts": [0.0] * len(completions)}, {"stratum": np.array(count), "shown": np.array(characters)})

@@ -1,7 +1,7 @@
 """Advantages from comparison within a group: [N] rewards and [N] group ids in, [N] out.
 
 Ids lie in [0, N); a row with id -1 is compared with nobody. A NaN reward (nothing applied to the row) is outside every
-statistic. Both get advantage 0, as does a group of one or of equal rewards.
+statistic. Both get advantage 0, as does a group of one or of equal rewards (`keep_singletons` for another reading).
 """
 
 from __future__ import annotations
@@ -32,7 +32,22 @@ def group_centered(rewards: Float[Array, "N"], group_ids: Int[Array, "N"]) -> Fl
     Goes with `losses.fixed_length`. Source: Liu et al. 2025 (arXiv:2503.20783), section 3.2.
     """
     rewards, group_ids = _compared(rewards, group_ids)
-    return jnp.where(group_ids < 0, 0, rewards - segments.mean(rewards, group_ids))
+    return segments.centered(rewards, group_ids)
+
+
+def batch_scaled(
+    rewards: Float[Array, "N"], group_ids: Int[Array, "N"], *, ddof: int = 1, epsilon: float = 1e-4
+) -> Float[Array, "N"]:
+    """Group mean, but the spread of the whole batch: every prompt's differences keep their size.
+
+    A_i = (r_i - mean_g) / (std over all rows + epsilon); the rewards' std, not that of the differences.
+
+    ddof, epsilon: TRL's, `scale_rewards="batch"`. (`whiten_rows` of `group_centered` divides by the std of the
+    differences, as ms-swift does for REINFORCE++.)
+    """
+    rewards, group_ids = _compared(rewards, group_ids)
+    spread = segments.std(rewards, jnp.where(group_ids < 0, -1, 0), ddof=ddof)
+    return segments.centered(rewards, group_ids) / jnp.where(spread > 0, spread + epsilon, 1)
 
 
 def leave_one_out(rewards: Float[Array, "N"], group_ids: Int[Array, "N"]) -> Float[Array, "N"]:
@@ -43,8 +58,24 @@ def leave_one_out(rewards: Float[Array, "N"], group_ids: Int[Array, "N"]) -> Flo
     Source: Ahmadian et al. 2024 (arXiv:2402.14740), section 3.
     """
     rewards, group_ids = _compared(rewards, group_ids)
-    others = segments.count(group_ids) > 1
-    return jnp.where(others, rewards - segments.leave_one_out_mean(rewards, group_ids), 0)
+    size = segments.count(group_ids)
+    return segments.centered(rewards, group_ids) * size / jnp.maximum(size - 1, 1)
+
+
+def keep_singletons(
+    advantages: Float[Array, "N"], rewards: Float[Array, "N"], group_ids: Int[Array, "N"]
+) -> Float[Array, "N"]:
+    """Advantages in which a row that is alone in its group has its reward, as if it were compared with 0.
+
+    verl's reading of a group of one, in all its estimators but the vectorised; the others here say 0: a reward that is
+    compared with nothing pushes up whatever was sampled. Rows without a reward or with id -1 stay as they are.
+    """
+    rewards, group_ids = _compared(rewards, group_ids)
+    advantages = jnp.asarray(advantages).astype(jnp.float32)
+    if advantages.shape != rewards.shape:
+        given = f"got {list(advantages.shape)} and rewards {list(rewards.shape)}"
+        raise ValueError(f"keep_singletons needs an advantage per row, {given}")
+    return jnp.where(segments.count(group_ids) == 1, rewards, advantages)
 
 
 def _compared(rewards: Array, group_ids: Array) -> tuple[Float[Array, "N"], Int[Array, "N"]]:

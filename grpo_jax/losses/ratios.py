@@ -1,4 +1,12 @@
-"""Importance ratios between the policy that is trained and the one that started the update."""
+"""Importance ratios between the policy that is trained and the one that started the update.
+
+A unit is a set of a row's decisions that share one ratio: the whole sequence, a turn, a rank, a denoising step. Its
+ratio is the geometric mean of its decisions' ratios (normalised by length), their product, or their arithmetic mean.
+Two gradients exist. Straight-through (`sequence_ratio`, `unit_ratio`): the unit's value, each decision's own gradient.
+Whole (`unit_geometric`, `unit_product`, `unit_arithmetic`, `sequence_product`): every entry has the gradient of the
+unit's ratio with respect to all its decisions. For the geometric mean the two agree in sum where advantage and weight
+are the same on all decisions of a unit, and differ where they are not.
+"""
 
 from __future__ import annotations
 
@@ -73,15 +81,48 @@ def unit_ratio(
     unit_ids: in [0, T) within a row, -1 for no unit. One unit per row is `sequence_ratio`; a unit per decision is
     `token_ratio`. The gradient is that of `sequence_ratio`: each decision's own, d s_t = s_u d logps_t.
     """
+    total, size, inside = _log_ratio_of_units(logps, old_logps, mask, unit_ids)
+    return _straight_through(jnp.where(inside, logps, 0), total / jnp.maximum(size, 1), inside)
+
+
+def unit_geometric(
+    logps: Float[Array, "N T"], old_logps: Float[Array, "N T"], mask: Bool[Array, "N T"], unit_ids: Int[Array, "N T"]
+) -> Float[Array, "N T"]:
+    """`unit_ratio` with the whole gradient on every entry: d s_t = s_u mean_{v in u} d logps_v.
+
+    This is the ratio of Rank-GRPO, where decisions of one rank may have different advantages. The log is bounded by 10,
+    without gradient beyond; 1 where masked out or in no unit. unit_ids: in [0, T) within a row, -1 for no unit.
+    """
+    total, size, inside = _log_ratio_of_units(logps, old_logps, mask, unit_ids)
+    log_ratio = jnp.minimum(total / jnp.maximum(size, 1), LARGEST_UNIT_LOG_RATIO)
+    return jnp.where(inside, where_finite(jnp.exp, log_ratio), 1)
+
+
+def unit_product(
+    logps: Float[Array, "N T"], old_logps: Float[Array, "N T"], mask: Bool[Array, "N T"], unit_ids: Int[Array, "N T"]
+) -> Float[Array, "N T"]:
+    """Importance ratio of each unit as a whole, not normalised: what `sequence_product` is to the sequence.
+
+    w_u = exp(clamp(sum_{t in u} (logps_t - old_logps_t), -20, 20)), with the whole gradient on every entry; 1 where
+    masked out or in no unit. `unit_mean` counts it once per unit. unit_ids: in [0, T) within a row, -1 for no unit.
+    """
+    total, _, inside = _log_ratio_of_units(logps, old_logps, mask, unit_ids)
+    bound = LARGEST_TOKEN_LOG_RATIO
+    return jnp.where(inside, where_finite(jnp.exp, jnp.clip(total, -bound, bound)), 1)
+
+
+def unit_arithmetic(
+    logps: Float[Array, "N T"], old_logps: Float[Array, "N T"], mask: Bool[Array, "N T"], unit_ids: Int[Array, "N T"]
+) -> Float[Array, "N T"]:
+    """Arithmetic mean of a unit's token ratios, on each of its decisions.
+
+    a_u = mean_{t in u} rho_t, with the whole gradient on every entry, d a_u = mean_t rho_t d logps_t; 1 where masked
+    out or in no unit. Never below `unit_geometric`. unit_ids: in [0, T) within a row, -1 for no unit.
+    """
     logps, old_logps, mask = _masked(logps, old_logps, mask)
-    if jnp.shape(unit_ids) != mask.shape:
-        raise ValueError(
-            f"unit_ids must have one id per decision, got {list(jnp.shape(unit_ids))} for {list(mask.shape)}"
-        )
-    unit_ids = jnp.asarray(unit_ids)
-    mask = mask & (unit_ids >= 0)
-    log_ratio = jax.vmap(_segment_mean)(jnp.where(mask, logps - old_logps, 0), unit_ids, mask)
-    return _straight_through(logps, log_ratio, mask)
+    unit_ids, inside = _units(unit_ids, mask)
+    total, size = _over_units(token_ratio(logps, old_logps), unit_ids, inside)
+    return jnp.where(inside, total / jnp.maximum(size, 1), 1)
 
 
 def _masked(logps: Array, old_logps: Array, mask: Array) -> tuple[Array, Array, Array]:
@@ -91,8 +132,28 @@ def _masked(logps: Array, old_logps: Array, mask: Array) -> tuple[Array, Array, 
     return jnp.where(mask, logps, 0), jax.lax.stop_gradient(jnp.where(mask, old_logps, 0)), mask
 
 
-def _segment_mean(values: Float[Array, "T"], ids: Int[Array, "T"], inside: Bool[Array, "T"]) -> Float[Array, "T"]:
-    return segments.total(values, ids, inside) / jnp.maximum(segments.count(ids, inside), 1)
+def _units(unit_ids: Array, mask: Array) -> tuple[Int[Array, "N T"], Bool[Array, "N T"]]:
+    """The ids as an array, and the masked-in decisions that belong to a unit."""
+    if jnp.shape(unit_ids) != mask.shape:
+        raise ValueError(
+            f"unit_ids must have one id per decision, got {list(jnp.shape(unit_ids))} for {list(mask.shape)}"
+        )
+    unit_ids = jnp.asarray(unit_ids)
+    return unit_ids, mask & (unit_ids >= 0)
+
+
+def _over_units(values: Array, unit_ids: Array, inside: Array) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+    """Sum over each decision's unit, and the unit's size."""
+    return jax.vmap(segments.total)(values, unit_ids, inside), jax.vmap(segments.count)(unit_ids, inside)
+
+
+def _log_ratio_of_units(
+    logps: Array, old_logps: Array, mask: Array, unit_ids: Array
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"], Bool[Array, "N T"]]:
+    """The unit's summed log-ratio and its size, and the decisions that are in one."""
+    logps, old_logps, mask = _masked(logps, old_logps, mask)
+    unit_ids, inside = _units(unit_ids, mask)
+    return *_over_units(jnp.where(inside, logps - old_logps, 0), unit_ids, inside), inside
 
 
 def _straight_through(logps: Array, log_ratio: Array, mask: Array) -> Array:

@@ -28,7 +28,8 @@ def resolve(name: str, *, options: Mapping[str, Any], settings: Mapping[str, Any
     """The method of that name, made with its options.
 
     name: a published method (a file of this folder) or path/to/file.py:function. options: what the user chose; each
-    must be an option of the method. settings: what the run knows (prompts, group_size, max_new), passed where wanted.
+    must be an option of the method. settings: what the run knows (prompts, group_size, max_new, steps), for those that
+    want it.
     Raises: ValueError naming the nearest valid method or option.
     """
     factory = _factory(name)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from grpo_jax import losses, segments
+from grpo_jax.losses.discriminative import (
+    DIVERGENCES,
+    discriminative_loss,
+    forward_divergence,
+    kl_constraint,
+    mean_logp,
+    mean_ratio,
+)
+from grpo_jax.losses.ratios import token_ratio
 from grpo_jax.methods.grpo import grpo, token_mean, total_reward
-from grpo_jax.types import Method
+from grpo_jax.types import Batch, Decisions, Method
 
-SCORES = ("logL", "Lratio")
-DIVERGENCES = ("kl", "low_var_kl")
+SCORES = {"logL": 10.0, "Lratio": 1.0}  # and the temperature that goes with each
 
 
 def disco(
@@ -35,44 +40,37 @@ def disco(
     Source: arXiv:2505.12366, eq. 7 and 10.
     """
     if score not in SCORES:
-        raise ValueError(f"disco's score is one of {SCORES}, got {score!r}")
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"disco's divergence is one of {DIVERGENCES}, got {divergence!r}")
-    tau = {"logL": 10.0, "Lratio": 1.0}[score] if tau is None else tau
-    if not tau > 0:
-        raise ValueError(f"disco's tau is a temperature above 0 (inf: the plain mean), got {tau}")
-
-    def against(s, groups, wrong, weights):
-        """tau log mean_j exp(s_j / tau), a row of weight c counting c times; the mean for tau = inf."""
-        if tau == math.inf:
-            return _mean(s, groups, wrong, weights)
-        share = jnp.log(jnp.where(wrong, weights, 1))
-        total = segments.log_mean_exp(s / tau + share, groups, wrong)
-        return tau * (total - segments.log_mean_exp(share, groups, wrong))
+        raise ValueError(f"disco's score is one of {tuple(SCORES)}, got {score!r}")
+    tau = SCORES[score] if tau is None else tau
+    _check(tau, divergence)
 
     def objective(new, batch, arrays):
-        mask, groups, rewards = batch.completion_mask, batch.group_ids, total_reward(batch)
-        lengths = jnp.maximum(mask.sum(axis=1), 1)
-        gain = jnp.where(mask, new.logps - batch.old.logps, 0)
-        s = jnp.where(mask, new.logps if score == "logL" else jnp.exp(gain), 0).sum(axis=1) / lengths
-        right, wrong = (rewards == 1) & (batch.weights > 0), (rewards == 0) & (batch.weights > 0)
-        margin = _mean(s, groups, right, batch.weights) - against(s, groups, wrong, batch.weights)
-        mixed = segments.has(right, groups) & segments.has(wrong, groups)
-        n_q = jnp.maximum(segments.number(groups), 1)
-        gained = jnp.where(mixed & segments.first(groups >= 0, groups), margin, 0).sum() / n_q
-        drift = -gain if divergence == "kl" else jnp.expm1(gain) - gain
-        drift = losses.weighted_sum(drift, losses.token_mean(batch.weights, mask))
-        loss = -gained + jax.lax.stop_gradient(jnp.maximum(penalty * (drift - budget), 0)) * drift
-        return loss, {"ratio": jnp.exp(gain), "margin": jnp.broadcast_to(gained, mask.shape)}
-
-    def advantage(batch, arrays, key):  # none: the objective reads rewards and groups
-        return batch.replace(advantages=jnp.zeros(batch.completion_mask.shape, jnp.float32)), arrays
+        old, mask = batch.old.logps, batch.completion_mask
+        s = mean_logp(new.logps, mask) if score == "logL" else mean_ratio(new.logps, old, mask)
+        loss = discriminative_loss(s, total_reward(batch), batch.group_ids, tau=tau, weights=batch.weights)
+        return constrained(loss, new, batch, divergence=divergence, budget=budget, penalty=penalty)
 
     method = grpo(prompts=prompts, group_size=group_size, aggregate=token_mean)
-    return method.replace(advantage=advantage, objective=objective)
+    return method.replace(advantage=no_advantage, objective=objective)
 
 
-def _mean(s, groups, where, weights):
-    """Mean over rows of a group, a row of weight c counting c times."""
-    mass = segments.total(weights, groups, where)
-    return segments.total(weights * s, groups, where) / jnp.where(mass > 0, mass, 1)
+def constrained(
+    loss: Float[Array, ""], new: Decisions, batch: Batch, *, divergence: str, budget: float, penalty: float
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The discriminative loss with its KL constraint, and what to report of it."""
+    old, mask = batch.old.logps, batch.completion_mask
+    drift = forward_divergence(new.logps, old, mask, estimator=divergence, weights=batch.weights)
+    reported = {"ratio": token_ratio(new.logps, old), "margin": jnp.broadcast_to(-loss, mask.shape)}
+    return loss + kl_constraint(drift, budget=budget, penalty=penalty), reported
+
+
+def no_advantage(batch: Batch, arrays, key):
+    """None: the objective reads rewards and groups."""
+    return batch.replace(advantages=jnp.zeros(batch.completion_mask.shape, jnp.float32)), arrays
+
+
+def _check(tau: float, divergence: str) -> None:
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence is one of {DIVERGENCES}, got {divergence!r}")
+    if not tau > 0:
+        raise ValueError(f"tau is a temperature above 0 (inf: the plain mean), got {tau}")

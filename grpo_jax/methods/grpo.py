@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Array, Float
 
 from grpo_jax import advantages, losses
-from grpo_jax.types import Batch, Decisions, Method, Request, Role, State
+from grpo_jax.types import Batch, Decisions, Message, Method, Request, Role, State
+
+RATIOS = ("token", "sequence")  # see `importance_ratio`
 
 
 def grpo(
@@ -54,6 +56,21 @@ def grpo(
         wants=("entropy",),
         group_size=group_size,
     )
+
+
+def reworded(text: str | Sequence[Message], rewrite: Callable[[str], str]) -> str | list[Message]:
+    """A prompt with its text, or that of a chat's last message, rewritten."""
+    if isinstance(text, str):
+        return rewrite(text)
+    *before, last = text
+    return [*before, {**last, "content": rewrite(last["content"])}]
+
+
+def importance_ratio(over: str, new: Decisions, batch: Batch) -> Float[Array, "N T"]:
+    """The ratio of each "token", or the product over the "sequence" on each of its tokens (for `sequence_mean`)."""
+    if over == "token":
+        return losses.token_ratio(new.logps, batch.old.logps)
+    return losses.sequence_product(new.logps, batch.old.logps, batch.completion_mask)
 
 
 def total_reward(batch: Batch) -> Float[Array, "N"]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from grpo_jax import losses
-from grpo_jax.methods.grpo import grpo, sequence_mean
+from grpo_jax.losses.off_policy import shaped_ratio
+from grpo_jax.methods.grpo import grpo, reworded, sequence_mean
 from grpo_jax.types import Method, Request, State, concat
 
 
@@ -39,11 +39,7 @@ def guide_grpo(
                 f"guide_grpo reads its hints from the column {hint_column!r}, but prompt {prompt.id} has "
                 f"{sorted(prompt.columns)}"
             )
-        join = lambda text: hint.format(prompt=text, hint=prompt.columns[hint_column])  # noqa: E731
-        if isinstance(prompt.text, str):
-            return join(prompt.text)
-        *before, last = prompt.text
-        return [*before, {**last, "content": join(last["content"])}]
+        return reworded(prompt.text, lambda text: hint.format(prompt=text, hint=prompt.columns[hint_column]))
 
     def kept(rows):
         return [g for g in rows.groups() if solvable <= g.score().mean() <= 1 - solvable]
@@ -67,9 +63,8 @@ def guide_grpo(
     def objective(new, batch, arrays):
         ratio, a = losses.token_ratio(new.logps, batch.old.logps), batch.advantages  # old: under the prompt really used
         plain = (batch.sampled_under == batch.trained_under)[:, None]
-        now = jnp.where(batch.completion_mask, jax.lax.stop_gradient(ratio), jnp.nan)
-        gamma = jnp.maximum(jnp.nan_to_num(jnp.nanquantile(now, quantile, axis=1, keepdims=True)), 1e-4)
-        loss = jnp.where(plain, losses.ppo_clip(ratio, a, low=clip_low, high=clip_high), -a * ratio / (ratio + gamma))
+        shaped = losses.reinforce(shaped_ratio(ratio, batch.completion_mask, quantile=quantile), a)
+        loss = jnp.where(plain, losses.ppo_clip(ratio, a, low=clip_low, high=clip_high), shaped)
         low, high = losses.clip_events(ratio, a, low=clip_low, high=clip_high)
         guided = jnp.broadcast_to(~plain, ratio.shape)
         return loss, {"ratio": ratio, "clip_low": low & plain, "clip_high": high & plain, "guided": guided}

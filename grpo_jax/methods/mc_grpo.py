@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from grpo_jax import advantages, segments
+from grpo_jax.advantages.median import SCALES, compensated, median_centered
+from grpo_jax.advantages.shaping import per_decision
 from grpo_jax.methods.grpo import grpo, total_reward
 from grpo_jax.types import Method
 
-SCALES = ("mad", "std", "none")
 
-
-def mc_grpo(*, prompts: int, group_size: int, scale: str = "mad", epsilon: float = 1e-3, **options) -> Method:
+def mc_grpo(
+    *,
+    prompts: int,
+    group_size: int,
+    scale: str = "mad",
+    compensate: bool = False,
+    epsilon: float = 1e-3,
+    **options,
+) -> Method:
     """A = (r - median) / (scale + epsilon) over group_size + 1 completions; the pivot, one row at the median, is
     dropped, so that `group_size` rows carry gradient.
 
     scale: "mad" the median absolute deviation (the paper's; 0 in every mixed group of binary rewards, where advantages
-    become +-1/epsilon), "std" the standard deviation (ddof 1), "none" no scale.
+    become +-1/epsilon), "std" the standard deviation (ddof 1), "none" no scale. compensate: `compensated`, which one
+    of the two published trainers (GSM8K) does and the other does not.
     Raises: ValueError for an odd group_size (the median of an even number of rows is biased) or another scale.
     Source: arXiv:2601.22582, section 3.
     """
@@ -28,18 +36,12 @@ def mc_grpo(*, prompts: int, group_size: int, scale: str = "mad", epsilon: float
         raise ValueError(f"mc_grpo's scale is one of {SCALES}, got {scale!r}")
 
     def advantage(batch, arrays, key):
-        rewards, groups = total_reward(batch), batch.group_ids
-        scored = ~jnp.isnan(rewards)
-        centred = rewards - segments.lower_median(rewards, groups, scored)
-        spread = {
-            "mad": lambda: segments.lower_median(jnp.abs(centred), groups, scored) + epsilon,
-            "std": lambda: segments.std(rewards, groups, scored, ddof=1) + epsilon,
-            "none": lambda: 1.0,
-        }[scale]()
-        values = jnp.where(scored & (groups >= 0), centred / spread, 0.0)
-        pivot = segments.first(centred == 0, groups)  # exactly one row per group
+        rewards = total_reward(batch)
+        values, pivot = median_centered(rewards, batch.group_ids, scale=scale, epsilon=epsilon)
+        if compensate:
+            values = compensated(values, jnp.where(jnp.isnan(rewards), -1, batch.group_ids))
         return batch.replace(
-            advantages=advantages.per_decision(values, batch.completion_mask),
+            advantages=per_decision(values, batch.completion_mask),
             weights=jnp.where(pivot, 0.0, batch.weights),
         ), arrays
 

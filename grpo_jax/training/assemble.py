@@ -225,7 +225,7 @@ def describe_layout(layout: Layout, config: Config, mesh: Mesh) -> str:
     rows = config.batch.prompts * config.batch.group_size
     return (
         f"{config.batch.prompts} prompts x {config.batch.group_size} completions = {rows} rows a step, "
-        f"{config.training.updates} update(s) of {layout.sweeps} micro-batch(es) of {layout.contexts} prompts x "
+        f"{config.training.number} update(s) of {layout.sweeps} micro-batch(es) of {layout.contexts} prompts x "
         f"{layout.rows} completions ({layout.context_width} + {layout.decisions} tokens) on {mesh.size} device(s)"
     )
 

@@ -40,6 +40,7 @@ class Run:
     state: State
     seed: int = 0
     updates: int = 1
+    passes: int = 1
     clock: Clock = field(default_factory=Clock)
     log: Callable[[Batch, list[dict[str, Any]]], None] = lambda batch, updates: None
     whole: bool = True  # no policy has been updated in a step that is not finished
@@ -111,16 +112,12 @@ def verified(run: Run, rows: Rollout) -> Rollout:
 
 
 def dealt(run: Run, batch: Batch, key: Key) -> list[np.ndarray]:
-    """The rows of each update."""
+    """The rows of each update, one pass over the batch after the other."""
     weights, groups, update_ids = jax.device_get((batch.weights, batch.group_ids, batch.update_ids))
     words = np.asarray(jax.random.key_data(fold(key, "deal"))).tolist()
-    return deal(
-        weights=weights,
-        group_ids=groups,
-        update_ids=update_ids,
-        updates=run.updates,
-        seed=np.random.SeedSequence(words),
-    )
+    named = {"weights": weights, "group_ids": groups, "update_ids": update_ids, "updates": run.updates}
+    seeds = np.random.SeedSequence(words).spawn(run.passes)
+    return [rows for seed in seeds for rows in deal(**named, seed=seed)]
 
 
 def follow(policies: dict[str, Policy], roles: Mapping[str, Any], step: int) -> None:

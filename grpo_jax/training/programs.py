@@ -76,7 +76,8 @@ class Compiled:
         return lay_out(under, rows, layout, capacity=capacity)
 
     def _needs_old(self, batch: Batch) -> bool:
-        if self.run.updates > 1 or not np.array_equal(*jax.device_get((batch.sampled_under, batch.trained_under))):
+        pointers = jax.device_get((batch.sampled_under, batch.trained_under))
+        if self.run.updates * self.run.passes > 1 or not np.array_equal(*pointers):
             return True
         if self._asks_for_old is None:
             try:

@@ -91,7 +91,9 @@ def _named(value: Any) -> Any:
 
 class RewardSection(OpenSection):
     function: str = Field(description="name of a built-in, path/to/file.py:function, or package.module:function")
-    weight: float = Field(1.0, description="weight of its channel in the sum")
+    weight: float | dict[str, float] = Field(
+        1.0, description="weight of its channel in the sum, or of each of its channels by name"
+    )
     name: str | None = Field(None, description="name of its channel; null: the function's name")
 
 
@@ -106,7 +108,14 @@ class BatchSection(Section):
 
 
 class TrainingSection(Section):
-    updates: Count = Field(1, description="optimizer updates per batch of rollouts")
+    updates: Count = Field(1, description="optimizer updates per batch of rollouts, each on a part of it")
+    passes: Count = Field(1, description="times over the batch, with `updates` each, dealt anew; above 1 is off-policy")
+
+    @property
+    def number(self) -> int:
+        """Updates per step."""
+        return self.updates * self.passes
+
     truncated_limit: Share = Field(0.5, description="share of completions cut off by max_new above which a step warns")
 
 
@@ -260,10 +269,10 @@ class Config(Section):
                 f"training.updates is {self.training.updates}, but a step has only {self.batch.prompts} groups "
                 f"(batch.prompts) and a group is never divided: lower the one or raise the other"
             )
-        if self.optimizer.warmup_steps >= self.steps * self.training.updates:
+        if self.optimizer.warmup_steps >= self.steps * self.training.number:
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but the run has only "
-                f"{self.steps * self.training.updates} updates (steps * training.updates)"
+                f"{self.steps * self.training.number} updates (steps * training.updates * training.passes)"
             )
         return self
 

@@ -4,10 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from grpo_jax import losses
+from grpo_jax.losses import aggregation
 
 SCHEMES = {
     "token_mean": losses.token_mean,
@@ -85,3 +88,114 @@ def test_errors_say_what_was_given():
         losses.without_truncated(jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
     with pytest.raises(ValueError, match="got 0"):
         losses.fixed_length(jnp.ones(3), jnp.ones((3, 4), bool), length=0)
+
+
+# ---- units, the mesh, compositions ---------------------------------------------------------------------
+
+
+def unit_oracle(values, weights, mask, unit_ids):
+    """The mean over all units of all rows of the unit's mean, a row of weight c counting c times."""
+    total = count = 0.0
+    for row in range(len(values)):
+        for unit in sorted(set(unit_ids[row][mask[row]]) - {-1}):
+            members = [t for t in range(mask.shape[1]) if mask[row, t] and unit_ids[row, t] == unit]
+            total += weights[row] * sum(values[row, t] for t in members) / len(members)
+            count += weights[row]
+    return total / count
+
+
+def test_unit_mean(ragged):
+    values = np.random.default_rng(1).normal(size=ragged.mask.shape)
+    weights = jax.jit(aggregation.unit_mean)(ragged.weights, ragged.mask, ragged.unit_ids)
+    expected = unit_oracle(values, ragged.weights, ragged.mask, ragged.unit_ids)
+    assert float(losses.weighted_sum(values, weights)) == pytest.approx(expected, rel=1e-5)
+    assert not np.asarray(weights)[~ragged.mask | (ragged.unit_ids < 0)].any()
+    assert float(weights.sum()) == pytest.approx(1, rel=1e-5)
+    assert not np.asarray(aggregation.unit_mean(ragged.weights, ragged.mask, ragged.unit_ids * 0 - 1)).any()
+
+
+def test_unit_mean_between_sequence_and_token(ragged):
+    whole, own = np.zeros(ragged.mask.shape, int), np.broadcast_to(np.arange(7), ragged.mask.shape)
+    for units, scheme in ((whole, losses.sequence_mean), (own, losses.token_mean)):
+        np.testing.assert_allclose(
+            aggregation.unit_mean(ragged.weights, ragged.mask, units), scheme(ragged.weights, ragged.mask), rtol=1e-6
+        )
+
+
+ALL = {**SCHEMES, "unit_mean": aggregation.unit_mean}
+
+
+def arguments(name, ragged):
+    return (ragged.weights, ragged.mask, ragged.unit_ids)[: 3 if name == "unit_mean" else 2]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_on_a_mesh_the_denominator_is_that_of_all_rows(name, ragged):
+    """Each of 8 devices sees one row, and with the axis named gets the weights of the whole; without it, its own."""
+    given = [jnp.asarray(x) for x in arguments(name, ragged)]
+    whole = ALL[name](*given)
+    mesh, rows = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), PartitionSpec("data")
+
+    def mapped(**options):
+        return jax.jit(jax.shard_map(functools.partial(ALL[name], **options), mesh=mesh, in_specs=rows, out_specs=rows))
+
+    np.testing.assert_allclose(mapped(axis_name="data")(*given), whole, rtol=1e-6)
+    assert np.abs(np.asarray(mapped()(*given)) - whole).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_loss_and_gradient_inside_shard_map(name, ragged):
+    """Everything made inside, weights too: the loss summed over devices and its gradient are those of one device."""
+    given = [jnp.asarray(x) for x in arguments(name, ragged)]
+    logps = jnp.asarray(ragged.logps, jnp.float32)
+
+    def loss(scale, logps, given, axis_name=None):
+        weights = ALL[name](*given, axis_name=axis_name)
+        each = losses.weighted_sum(jnp.exp(scale * logps), weights)
+        return each if axis_name is None else jax.lax.psum(each, axis_name)
+
+    mesh, rows = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), PartitionSpec("data")
+    spread = jax.shard_map(
+        functools.partial(loss, axis_name="data"),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), rows, rows),
+        out_specs=PartitionSpec(),
+    )
+    one = jax.value_and_grad(loss, (0, 1))(1.0, logps, given)
+    many = jax.jit(jax.value_and_grad(spread, (0, 1)))(1.0, logps, given)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), many, one)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("cut", [[1, 2, 5], [4]])
+def test_weights_of_the_mini_batch_carry_its_denominator(name, cut, ragged):
+    """Cut before or after: only weights made for the whole give the loss of the whole."""
+    values = np.random.default_rng(1).normal(size=ragged.mask.shape)
+    weights = ALL[name](*arguments(name, ragged))
+    parts = np.split(np.arange(8), cut)
+    whole = float(losses.weighted_sum(values, weights))
+    assert sum(float(losses.weighted_sum(values[p], weights[p])) for p in parts) == pytest.approx(whole, rel=1e-5)
+    alone = [ALL[name](*(x[p] for x in arguments(name, ragged))) for p in parts]
+    assert abs(sum(float(losses.weighted_sum(values[p], w)) for p, w in zip(parts, alone)) - whole) > 0.1 * abs(whole)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_laws_of_aggregation(name, ragged):
+    arrays = dict(zip(("weights", "mask", "unit_ids"), arguments(name, ragged)))
+    laws.rows(ALL[name], arrays, ids=())
+
+
+def test_documented_compositions(ragged):
+    """LUSPO by loops; verl's sum without a number of rows."""
+    lengths, ones = ragged.mask.sum(1), np.ones(8)
+    rows = np.random.default_rng(1).normal(size=8)
+    values = np.repeat(rows[:, None], 7, 1)
+    luspo = losses.weighted_sum(values, losses.sequence_sum(ones, ragged.mask))
+    assert float(luspo) == pytest.approx((lengths * rows).sum() / 7, rel=1e-5)  # one row is empty
+    summed = losses.weighted_sum(values, ones[:, None] * ragged.mask / 11)
+    assert float(summed) == pytest.approx((lengths * rows).sum() / 11, rel=1e-5)
+
+
+def test_units_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"one id per decision, got \[3\] for \[3, 4\]"):
+        aggregation.unit_mean(jnp.ones(3), jnp.ones((3, 4), bool), jnp.ones(3, int))

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from grpo_jax import advantages, losses
+from grpo_jax.losses import mismatch, ratios, surrogates
 
 # Each with the arguments (logps, old_logps, ref_logps, sampler_logps, advantages, mask, unit_ids).
 OBJECTIVES = {
@@ -29,6 +30,17 @@ OBJECTIVES = {
     "corrected": lambda lp, old, ref, sampler, a, m, u: (
         losses.truncated_importance(old, sampler) * losses.ppo_clip(losses.token_ratio(lp, old), a)
         + 0.1 * losses.kl.k2(lp, ref)
+    ),
+    "cispo": lambda lp, old, ref, sampler, a, m, u: (
+        mismatch.banded(mismatch.sequence_importance(old, sampler, m), low=0.2)
+        * surrogates.cispo(lp, losses.token_ratio(lp, old), a, low=0.2, high=0.2)
+        + 0.1 * losses.kl.corrected(losses.token_ratio(lp, old), lp, ref)
+    ),
+    "sapo": lambda lp, old, ref, sampler, a, m, u: surrogates.sapo(ratios.unit_arithmetic(lp, old, m, u), a),
+    "gmpo": lambda lp, old, ref, sampler, a, m, u: (
+        surrogates.gmpo(lp, old, a, m)
+        + losses.ppo_clip(ratios.unit_product(lp, old, m, u), a)
+        + losses.ppo_clip(ratios.unit_geometric(lp, old, m, u), a)
     ),
 }
 FIELDS = ("logps", "old_logps", "ref_logps", "sampler_logps", "advantages")

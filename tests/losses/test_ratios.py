@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
 
 from grpo_jax import losses
+from grpo_jax.losses import ratios
 
 
 def unit_oracle(logps, old_logps, mask, unit_ids):
@@ -177,3 +179,111 @@ def test_shapes_that_do_not_fit():
         losses.sequence_ratio(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.ones(3, bool))
     with pytest.raises(ValueError, match="one id per decision"):
         losses.unit_ratio(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.ones((2, 3), bool), jnp.zeros(3, int))
+
+
+# ---- whole gradients over units -----------------------------------------------------------------------------------
+
+
+def units_oracle(name, logps, old_logps, mask, unit_ids):
+    """Each unit's ratio by loops in float64, on its decisions; 1 elsewhere."""
+    result = np.ones(mask.shape)
+    for row in range(mask.shape[0]):
+        for unit in range(mask.shape[1]):
+            members = [t for t in range(mask.shape[1]) if mask[row, t] and unit_ids[row, t] == unit]
+            logs = [logps[row, t] - old_logps[row, t] for t in members]
+            for t in members:
+                result[row, t] = {
+                    "unit_geometric": lambda logs=logs: np.exp(sum(logs) / len(logs)),
+                    "unit_product": lambda logs=logs: np.exp(sum(logs)),
+                    "unit_arithmetic": lambda logs=logs: sum(np.exp(d) for d in logs) / len(logs),
+                }[name]()
+    return result
+
+
+WHOLE = ("unit_geometric", "unit_product", "unit_arithmetic")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_unit_ratios(name, ragged, slope):
+    """Values, and gradients under coefficients that differ within a unit."""
+    mask, units = ragged.mask, ragged.unit_ids
+    coefficients = np.random.default_rng(5).normal(size=mask.shape)
+
+    def expected(logps):
+        return (coefficients * units_oracle(name, logps, ragged.old_logps, mask, units)).sum()
+
+    @jax.jit
+    def ours(logps):
+        ratio = getattr(ratios, name)(logps, ragged.old_logps, mask, units)
+        return jnp.sum(coefficients * ratio), ratio
+
+    (_, ratio), gradient = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(ragged.logps, jnp.float32))
+    oracle = units_oracle(name, ragged.logps, ragged.old_logps, mask, units)
+    np.testing.assert_allclose(ratio, oracle, rtol=3e-6)
+    np.testing.assert_allclose(gradient, slope(expected, ragged.logps), rtol=1e-4, atol=2e-5)
+    assert not np.asarray(gradient)[~mask | (units < 0)].any()
+    assert (np.asarray(getattr(ratios, name)(ragged.logps, ragged.logps, mask, units)) == 1).all()
+
+
+def test_one_unit_per_row_is_the_sequence(ragged):
+    whole = np.zeros(ragged.mask.shape, int)
+    arguments = ragged.logps, ragged.old_logps, ragged.mask
+    np.testing.assert_allclose(
+        ratios.unit_product(*arguments, whole), losses.sequence_product(*arguments), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(ratios.unit_geometric(*arguments, whole), losses.sequence_ratio(*arguments), rtol=1e-5)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_whole_and_straight_through_gradients_agree_for_one_advantage_per_unit(same, ragged):
+    mask, units = ragged.mask, ragged.unit_ids
+    draw = np.random.default_rng(1)
+    per_unit = np.take_along_axis(draw.normal(size=mask.shape), np.maximum(units, 0), 1)
+    advantages = per_unit if same else draw.normal(size=mask.shape)
+
+    def gradient(ratio):
+        return jax.grad(lambda lp: jnp.sum(jnp.where(mask, advantages * ratio(lp, ragged.old_logps, mask, units), 0)))(
+            jnp.asarray(ragged.logps, jnp.float32)
+        )
+
+    gap = np.abs(np.asarray(gradient(ratios.unit_geometric)) - np.asarray(gradient(ratios.unit_ratio))).max()
+    assert gap < 1e-5 if same else gap > 0.1
+
+
+def test_arithmetic_is_never_below_geometric(ragged):
+    arguments = ragged.logps, ragged.old_logps, ragged.mask, ragged.unit_ids
+    assert (np.asarray(ratios.unit_arithmetic(*arguments) - ratios.unit_geometric(*arguments)) > -1e-6).all()
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "unit_ratio"])
+def test_laws_of_unit_ratios(name, ragged):
+    function = getattr(ratios, name)
+    arrays = {k: getattr(ragged, k) for k in ("logps", "old_logps", "mask", "unit_ids")}
+    laws.rows(function, arrays, ids=(), half=0.1)
+    mask = ragged.mask & (ragged.weights > 0)[:, None]
+
+    def total(lp, old):
+        return function(lp, old, mask, ragged.unit_ids).sum()
+
+    clean = jax.value_and_grad(total)(jnp.asarray(ragged.logps, jnp.float32), ragged.old_logps)
+    dirty = jax.value_and_grad(total)(jnp.asarray(ragged.garbage("logps"), jnp.float32), ragged.garbage("old_logps", 1))
+    np.testing.assert_array_equal(clean[0], dirty[0])
+    np.testing.assert_array_equal(clean[1], dirty[1])
+
+
+def test_rank_ratios_worked_by_hand():
+    """Two of three ranked lists; the last decision of a row closes its last item."""
+    logps = jnp.array([[-0.5, -0.1, -1, -0.4, -0.2], [-0.9, -0.3, -0.1, -0.7, -0.3]])
+    old = jnp.array([[-0.6, -0.12, -0.9, -0.5, -0.2], [-0.8, -0.3, -0.1, -0.9, -0.35]])
+    items = jnp.array([[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]])
+    got = ratios.unit_geometric(logps, old, jnp.ones((2, 5), bool), items)
+    expected = [[1.061837] * 2 + [1.0] * 3, [0.967216] * 3 + [1.133148] * 2]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_whole_ratios_are_bounded():
+    logps, mask, whole = jnp.full((1, 3), 300.0), jnp.ones((1, 3), bool), jnp.zeros((1, 3), int)
+    for name, bound in (("unit_geometric", 10), ("unit_product", 20), ("unit_arithmetic", 20)):
+        ratio, pull = jax.vjp(lambda lp, name=name: getattr(ratios, name)(lp, jnp.zeros((1, 3)), mask, whole), logps)
+        np.testing.assert_allclose(ratio, np.full((1, 3), np.exp(bound)), rtol=1e-5)
+        assert not np.asarray(pull(jnp.ones((1, 3)))[0]).any()

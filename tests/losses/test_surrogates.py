@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
 
 from grpo_jax import losses
+from grpo_jax.losses import surrogates
 
 
 def clip_oracle(ratio, advantages, low, high, dual):
@@ -90,3 +92,148 @@ def test_one_advantage_per_row_is_refused():
     """[N] against [N, T] with N = T would broadcast to something plausible and wrong."""
     with pytest.raises(ValueError, match="per_decision"):
         losses.ppo_clip(jnp.ones((3, 3)), jnp.ones(3))
+
+
+# ---- CISPO, SAPO, GMPO ------------------------------------------------------------------------------
+
+
+def differences(formula, x, step=1e-6):
+    """Slopes of an elementwise formula, all at once."""
+    return (formula(x + step) - formula(x - step)) / (2 * step)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 4.0), (0.2, 0.28), (1.0, 0.2)])
+def test_cispo(draws, low, high):
+    """Value -w A log p with w the bounded ratio; gradient -w A everywhere, on either side of the bounds."""
+    ratio, advantages = draws
+    logps = np.random.default_rng(2).normal(-1, 1, ratio.shape)
+    weight = np.minimum(np.maximum(ratio, 1 - low), 1 + high)
+
+    def loss(logps, ratio):
+        return surrogates.cispo(logps, ratio, advantages, low=low, high=high)
+
+    got, pull = jax.vjp(loss, jnp.float32(logps), jnp.float32(ratio))
+    np.testing.assert_allclose(got, -weight * advantages * logps, rtol=2e-6)
+    to_logps, to_ratio = pull(jnp.ones_like(got))
+    np.testing.assert_allclose(to_logps, -weight * advantages, rtol=2e-6)
+    assert not np.asarray(to_ratio).any()
+    assert (weight != ratio).any() and (weight == ratio).any()
+
+
+def test_cispo_without_bounds_is_the_gradient_of_the_ratio(draws):
+    ratio, advantages = draws
+    old = np.zeros(ratio.shape)
+    logps = jnp.float32(np.log(ratio))
+    ours = jax.grad(lambda lp: surrogates.cispo(lp, losses.token_ratio(lp, old), advantages, high=1e3).sum())(logps)
+    np.testing.assert_allclose(ours, -advantages * ratio, rtol=1e-5, atol=1e-6)
+
+
+def sapo_oracle(ratio, advantages, positive, negative):
+    tau = np.where(advantages > 0, positive, negative)
+    return -advantages * 4 / tau / (1 + np.exp(-tau * (ratio - 1)))
+
+
+@pytest.mark.parametrize(("positive", "negative"), [(1.0, 1.05), (3.0, 0.5)])
+def test_sapo(draws, positive, negative):
+    ratio, advantages = draws
+    got, pull = jax.vjp(
+        lambda r: surrogates.sapo(r, advantages, tau_positive=positive, tau_negative=negative), jnp.float32(ratio)
+    )
+    np.testing.assert_allclose(got, sapo_oracle(ratio, advantages, positive, negative), rtol=2e-6)
+    expected = differences(lambda r: sapo_oracle(r, advantages, positive, negative), ratio)
+    np.testing.assert_allclose(pull(jnp.ones_like(got))[0], expected, atol=1e-5)
+
+
+def test_sapo_is_on_policy_at_a_ratio_of_one():
+    gradient = jax.grad(lambda r: surrogates.sapo(r, jnp.array([2.0, -2.0])).sum())(jnp.ones(2))
+    np.testing.assert_allclose(gradient, [-2.0, 2.0], rtol=1e-6)
+
+
+def gmpo_oracle(logps, data, low, high):
+    """Mean over rows of -A_i exp(mean of one-sidedly clipped log-ratios), by loops."""
+    total = count = 0.0
+    for row in range(len(logps)):
+        m = data.mask[row]
+        if not m.any() or data.weights[row] == 0:
+            continue
+        sign, a = np.sign(data.advantages[row, 0]), data.advantages[row, 0]
+        d = (logps - data.old_logps)[row][m]
+        bounded = [sign * min(sign * x, sign * min(max(x, -low), high)) for x in d]
+        total += data.weights[row] * -a * np.exp(sum(bounded) / len(bounded))
+        count += data.weights[row]
+    return total / count
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.4, 0.4), (0.1, 0.2)])
+def test_gmpo(ragged, slope, low, high):
+    weights = losses.sequence_mean(ragged.weights, ragged.mask)
+
+    @jax.jit
+    @jax.value_and_grad
+    def ours(logps):
+        each = surrogates.gmpo(logps, ragged.old_logps, ragged.advantages, ragged.mask, low=low, high=high)
+        return losses.weighted_sum(each, weights)
+
+    value, gradient = ours(jnp.asarray(ragged.logps, jnp.float32))
+    assert float(value) == pytest.approx(gmpo_oracle(ragged.logps, ragged, low, high), rel=1e-5)
+    expected = slope(lambda lp: gmpo_oracle(lp, ragged, low, high), ragged.logps)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+    trained = ragged.mask & (ragged.weights > 0)[:, None]
+    assert (expected[trained] == 0).any() or low == 0.4  # some decision is clipped
+
+
+def test_gmpo_without_bounds_is_the_geometric_ratio(ragged):
+    arguments = ragged.logps, ragged.old_logps
+    free = surrogates.gmpo(*arguments, ragged.advantages, ragged.mask, low=9.0, high=9.0)
+    expected = np.where(ragged.mask, -ragged.advantages * losses.sequence_ratio(*arguments, ragged.mask), 0)
+    np.testing.assert_allclose(free, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gspo_token_keeps_its_own_advantages(ragged):
+    """The composition in the docstring: with an advantage per decision the gradient is s A_t inside the range."""
+    advantages = np.random.default_rng(3).normal(size=ragged.mask.shape)
+
+    def loss(logps):
+        ratio = losses.sequence_ratio(logps, ragged.old_logps, ragged.mask)
+        return losses.weighted_sum(
+            losses.ppo_clip(ratio, advantages, low=0.9, high=9.0), losses.sequence_mean(np.ones(8), ragged.mask)
+        )
+
+    gradient = jax.grad(loss)(jnp.asarray(ragged.logps, jnp.float32))
+    for row in np.flatnonzero(ragged.mask.any(1)):
+        m = ragged.mask[row]
+        s = np.exp((ragged.logps - ragged.old_logps)[row][m].mean())
+        np.testing.assert_allclose(gradient[row][m], -advantages[row][m] * s / m.sum() / 7, rtol=1e-4)
+
+
+def test_new_surrogates_take_advantages_as_constants_and_refuse_bad_options(ragged):
+    ratio, a = jnp.float32(np.exp(ragged.logps)), jnp.float32(ragged.advantages)
+    for function in (
+        lambda a: surrogates.cispo(ragged.logps, ratio, a),
+        lambda a: surrogates.sapo(ratio, a),
+        lambda a: surrogates.gmpo(ragged.logps, ragged.old_logps, a, ragged.mask),
+    ):
+        assert not np.asarray(jax.grad(lambda a, f=function: f(a).sum())(a)).any()
+    with pytest.raises(ValueError, match="high .* got -0.5"):
+        surrogates.cispo(ragged.logps, ratio, a, high=-0.5)
+    with pytest.raises(ValueError, match="tau_negative .* got 0"):
+        surrogates.sapo(ratio, a, tau_negative=0)
+    with pytest.raises(ValueError, match="low .* got -1"):
+        surrogates.gmpo(ratio, ratio, a, ragged.mask, low=-1)
+    with pytest.raises(ValueError, match="per_decision"):
+        surrogates.sapo(ratio, a[:, 0])
+
+
+@pytest.mark.parametrize("name", ["cispo", "sapo", "gmpo"])
+def test_laws_of_surrogates(name, ragged):
+    arrays = {k: getattr(ragged, k) for k in ("logps", "old_logps", "advantages", "mask")}
+
+    def function(logps, old_logps, advantages, mask):
+        ratio = losses.token_ratio(logps, old_logps)
+        return {
+            "cispo": lambda: surrogates.cispo(logps, ratio, advantages, low=0.2, high=0.2),
+            "sapo": lambda: surrogates.sapo(ratio, advantages),
+            "gmpo": lambda: surrogates.gmpo(logps, old_logps, advantages, mask),
+        }[name]()
+
+    laws.rows(function, arrays, ids=(), half=0.1)

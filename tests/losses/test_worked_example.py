@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import losses
+from grpo_jax.losses import mismatch, surrogates
 
 LOGPS = jnp.array([[-0.6, -0.9, -2.1], [-1.5, 0.0, 0.0]])
 OLD = jnp.array([[-1.0, -0.5, -2.0], [-0.7, 0.0, 0.0]])
@@ -76,3 +77,34 @@ def test_mismatch():
         losses.kl.k3(-log_weights, 0 * log_weights), mask
     )
     np.testing.assert_allclose(mean_k3, [0.410713, 0.001271], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("each", "scheme", "expected"),
+    [
+        (lambda r: surrogates.cispo(LOGPS, r, ADVANTAGES, low=0.2, high=0.28), losses.token_mean, 0.247040),  # verl
+        (lambda r: surrogates.cispo(LOGPS, r, ADVANTAGES, high=1.2 - 1), losses.token_mean, 0.468865),  # TRL, cap 1.2
+        (lambda r: surrogates.sapo(r, ADVANTAGES), losses.sequence_mean, 0.358882),
+        (lambda r: surrogates.gmpo(LOGPS, OLD, ADVANTAGES, MASK), losses.sequence_mean, 0.186712),
+    ],
+)
+def test_further_surrogates(each, scheme, expected):
+    loss = each(losses.token_ratio(LOGPS, OLD))
+    assert float(losses.weighted_sum(loss, scheme(WEIGHTS, MASK))) == pytest.approx(expected, abs=1e-6)
+
+
+def test_further_corrections():
+    log_weights = jnp.array([[0.2, -0.9, 1.1], [0.05, 0.0, 0.0]])
+    zeros = jnp.zeros((2, 3))
+    token = mismatch.token_importance(log_weights, zeros)
+    shown = [1.221403, 0.406570, 3.004166, 1.051271]
+    np.testing.assert_allclose(token[MASK], shown, atol=1e-6)
+    np.testing.assert_allclose(mismatch.capped(token)[MASK], [*shown[:2], 2.0, shown[3]], atol=1e-6)
+    np.testing.assert_allclose(mismatch.banded(token, low=0.5, high=2.0)[MASK], [shown[0], 0, 0, shown[3]], atol=1e-6)
+    np.testing.assert_allclose(mismatch.banded(token)[MASK], [shown[0], 0, *shown[2:]], atol=1e-6)  # IcePop
+    whole = mismatch.sequence_importance(log_weights, zeros, MASK)
+    np.testing.assert_allclose(whole[MASK], [1.491825] * 3 + [1.051271], atol=1e-6)
+    # the mean k3 of the rows are 0.410713 and 0.001271
+    for bound, kept in ((0.42, 2), (0.40, 1), (0.001, 0)):
+        left = mismatch.rejection_mask(log_weights, zeros, MASK, estimator="k3", over="sequence_mean", high=bound)
+        assert int(left.any(1).sum()) == kept

@@ -17,7 +17,7 @@ from grpo_jax.types import Decisions, Method, Prompt
 
 
 def resolve(name, **options):
-    return methods.resolve(name, options=options, settings={"prompts": 3, "group_size": 4, "max_new": 9})
+    return methods.resolve(name, options=options, settings={"prompts": 4, "group_size": 4, "max_new": 9})
 
 
 def test_every_file_is_a_method():

@@ -161,7 +161,7 @@ def disco(data, new, *, score, tau, divergence):
     gain = np.where(data.mask, new - data.old, 0)
     length = np.maximum(data.mask.sum(1), 1)
     s = (np.where(data.mask, new if score == "logL" else np.exp(gain), 0)).sum(1) / length
-    total, groups = 0.0, {g for i, g in enumerate(data.groups) if g >= 0}
+    total, groups = 0.0, {g for i, g in enumerate(data.groups) if g >= 0 and data.weights[i] > 0}
     for group in groups:
         right, wrong = ([i for i in rows if data.groups[i] == group and data.total[i] == v] for v in (1, 0))
         if not right or not wrong:

@@ -229,6 +229,7 @@ def test_a_file_that_is_not_there(file):
         ({"sampling": {"min_new": 9, "max_new": 8}}, "sampling.min_new 9 is above sampling.max_new 8"),
         ({"training": {"updates": 5}, "batch": {"prompts": 4}}, "training.updates is 5, but a step has only 4 groups"),
         ({"optimizer": {"warmup_steps": 20}, "training": {"updates": 2}}, "but the run has only 20 updates"),
+        ({"optimizer": {"warmup_steps": 30}, "training": {"passes": 3}}, "but the run has only 30 updates"),
         ({"optimizer": {"name": "adam", "weight_decay": 0.1}}, "adam does not read weight_decay"),
         ({"optimizer": {"name": "sgd", "b2": 0.9}}, "optimizer: sgd does not read b2"),
         ({"evaluation": {"samples": 4}}, "pass@8 needs at least 8 samples per prompt; got 4"),

@@ -445,7 +445,7 @@ def test_rows_sampled_under_another_context_have_a_ratio_from_the_first_update(t
     np.testing.assert_allclose([report["ratio_p01"], report["ratio_p99"]], np.quantile(ratios, [0.01, 0.99]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["updates", "update_ids", "update_ids from advantage"])
+@pytest.mark.parametrize("how", ["updates", "passes", "update_ids", "update_ids from advantage"])
 def test_later_updates_measure_from_the_start_of_the_step(toy, how):
     """The first ratio is 1; the second is pi_1 / pi_0 on its own rows, whoever cut the batch into updates."""
 
@@ -460,6 +460,7 @@ def test_later_updates_measure_from_the_start_of_the_step(toy, how):
 
     method = plain().replace(plan=plan, **({"advantage": advantage} if "advantage" in how else {}))
     run, _, _, logged = make(toy, method, updates=2 if how == "updates" else 1)
+    run.passes = 2 if how == "passes" else 1
     seen, update = [], run.compiled.update
 
     def spy(batch, arrays, rows, *, first):
@@ -479,7 +480,23 @@ def test_later_updates_measure_from_the_start_of_the_step(toy, how):
         )
     assert reports[1]["ratio_max"] == pytest.approx(max(ratios), rel=1e-5) and abs(max(ratios) - 1) > 1e-3
     groups = [set(np.asarray(batch.group_ids)[s[0]].tolist()) for s in seen]
-    assert not groups[0] & groups[1] and len(groups[0] | groups[1]) == 4
+    assert len(groups[0] | groups[1]) == 4 and len(groups[0] & groups[1]) == (4 if how == "passes" else 0)
+
+
+def test_each_pass_is_over_the_whole_batch_dealt_anew(toy):
+    run, _, _, logged = make(toy, plain(), updates=2)
+    run.passes, seen, update = 6, [], run.compiled.update
+
+    def spy(batch, arrays, rows, *, first):
+        seen.append(rows.tolist())
+        return update(batch, arrays, rows, first=first)
+
+    run.compiled.update = spy
+    iterate(run)
+    passes = [(seen[i], seen[i + 1]) for i in range(0, 12, 2)]
+    assert len(seen) == 12 and len(logged[0][1]) == 12
+    assert {tuple(sorted(a + b)) for a, b in passes} == {tuple(sorted(seen[0] + seen[1]))}
+    assert len({tuple(sorted(map(tuple, p))) for p in passes}) > 1
 
 
 def test_what_advantage_edits_is_what_is_trained(toy):

@@ -1,0 +1,56 @@
+"""Every method has a ready configuration, and each runs: two steps of it, smaller, through the command line's code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax import methods
+from grpo_jax.experiment import Experiment
+from grpo_jax.training.configuration import load_config
+from grpo_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+SMALL = [
+    "steps=2",
+    "model.tiny.layers=1",
+    "model.tiny.hidden=32",
+    "model.tiny.mlp=32",
+    "batch.prompts=4",
+    "warmup.steps=2",
+    "warmup.prompts=8",
+    "warmup.optimizer.warmup_steps=0",
+    "optimizer.warmup_steps=0",
+    "evaluation.every=0",
+    "evaluation.prompts=8",
+    "evaluation.at_least=null",
+    "metrics.console=false",
+    "metrics.tensorboard=false",
+]
+
+
+def test_every_method_has_one():
+    named = {path.stem: load_config(path) for path in CONFIGS}
+    assert named.keys() >= set(methods.names()) - {"sft"}  # sft is the warm-up of all of them
+    for name, config in named.items():
+        assert config.name == name and config.method.name == name
+        assert config.evaluation.at_least is not None, "a run that does not learn says so"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_it_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    experiment = Experiment(load_config(path, [*SMALL, f"directory={tmp_path / 'run'}"]))
+    before = jax.tree.map(np.asarray, experiment.model.params)
+    experiment.train()
+    assert experiment.run.state.step == 2
+    series = read_metrics(experiment.directory)
+    assert np.isfinite(series["loss"].values).all() and np.isfinite(series["grad_norm"].values).all()
+    after = jax.tree.map(np.asarray, experiment.run.params["policy"])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+    assert all(jax.tree.leaves(moved)), "every weight was trained, in the warm-up at least"
