@@ -41,10 +41,19 @@ def test_every_method_has_one():
         assert config.evaluation.at_least is not None, "a run that does not learn says so"
 
 
+# A policy that knows nothing never succeeds; these train only on groups with successes and failures.
+CHOOSY = ("bidirectional_pairing", "dapo", "guide_grpo", "unlikeliness")
+COIN = "def coin(prompts, completions, **columns):\n    return [float(sum(map(ord, c)) % 2) for c in completions]\n"
+OWN = {"spo": ["data.options.largest=13", "data.options.held_out=4", "method.offline=2", "batch.prompts=8"]}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    experiment = Experiment(load_config(path, [*SMALL, f"directory={tmp_path / 'run'}"]))
+    (tmp_path / "coin.py").write_text(COIN)
+    coin = [f"rewards=['{tmp_path}/coin.py:coin']"] if path.stem in CHOOSY else []
+    changes = [*SMALL, f"directory={tmp_path / 'run'}", *coin, *OWN.get(path.stem, [])]
+    experiment = Experiment(load_config(path, changes))
     before = jax.tree.map(np.asarray, experiment.model.params)
     experiment.train()
     assert experiment.run.state.step == 2

@@ -1,7 +1,10 @@
-"""verl's core algorithms (volcengine/verl, b178a3c).
+"""verl's core algorithms, compared with volcengine/verl b178a3cd (2026-01-29, 125 commits after v0.7.0).
 
 Log-ratios are clamped at +-20, a sequence's mean log-ratio at 10, the reference's k3 at 10. Means over sequences leave
-rows without a decision out, except in "geo_mean".
+rows without a decision out ("geo_mean" does not, nor does verl where it is given `global_batch_size`). Left out: the
+estimators "gae", "remax" (`advantages.over_greedy`) and the optimal token baselines; the losses "clip_cov", which draws
+at random, "kl_cov" and "bypass_mode"; KL in the reward. The KL names that end in + raise NotImplementedError in this
+version; what they are meant to be is `losses.kl.unbiased`.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax import losses, segments
 from grpo_jax.advantages import baselines, group, whitening
 from grpo_jax.advantages.returns import at_last
-from grpo_jax.losses import kl, surrogates
-from grpo_jax.presets.choices import chosen, reference, spread
+from grpo_jax.losses import kl
+from grpo_jax.presets.choices import chosen, spread
 
 
 def advantages(
@@ -28,20 +31,23 @@ def advantages(
     """Advantages on the decisions, 0 where masked out. A row that is alone in its group keeps its reward.
 
     name: "grpo" ((r - mean) / (std + 1e-6), std over n - 1; without norm_adv_by_std_in_grpo Dr. GRPO's r - mean),
-    "grpo_vectorized" (std at least 1e-3), "rloo", "rloo_vectorized" (alone: 0), "reinforce_plus_plus" (gamma; over the
-    batch, whatever the groups), "reinforce_plus_plus_baseline", "opo", "gpg".
+    "grpo_vectorized" (std at least 1e-3), "grpo_passk" (the best over the second best, the others and one that is alone
+    0), "rloo", "rloo_vectorized" (alone: 0), "reinforce_plus_plus" (gamma; over the batch, whatever the groups),
+    "reinforce_plus_plus_baseline", "opo", "gpg".
     """
     mask, rewards = jnp.asarray(mask).astype(bool), jnp.asarray(rewards).astype(jnp.float32)
+    group_ids, by_std = jnp.asarray(group_ids), norm_adv_by_std_in_grpo
 
     def alone(values: Array) -> Array:
         return group.keep_singletons(values, rewards, group_ids)
 
-    compared = jnp.isfinite(rewards) & (jnp.asarray(group_ids) >= 0)
+    compared = jnp.isfinite(rewards) & (group_ids >= 0)
     successes = jnp.sum(compared & (rewards != 0))
     centered = alone(group.group_centered(rewards, group_ids))
     whole = {
-        "grpo": lambda: alone(group.group_z_score(rewards, group_ids)) if norm_adv_by_std_in_grpo else centered,
-        "grpo_vectorized": lambda: alone(_floored(centered, rewards, group_ids)),
+        "grpo": lambda: alone(group.group_z_score(rewards, group_ids)) if by_std else centered,
+        "grpo_vectorized": lambda: alone(_floored(centered, rewards, group_ids)) if by_std else centered,
+        "grpo_passk": lambda: _best_over_second(rewards, group_ids, by_std),
         "rloo": lambda: alone(group.leave_one_out(rewards, group_ids)),
         "rloo_vectorized": lambda: group.leave_one_out(rewards, group_ids),
         "opo": lambda: alone(baselines.length_weighted(rewards, mask.sum(1), group_ids)),
@@ -64,8 +70,8 @@ def loss(
     loss_agg_mode: str = "token-mean",
     loss_scale_factor: float | None = None,
     clip_ratio: float = 0.2,
-    clip_ratio_low: float | None = None,
-    clip_ratio_high: float | None = None,
+    clip_ratio_low: float | None = 0.2,
+    clip_ratio_high: float | None = 0.2,
     clip_ratio_c: float = 3.0,
     tau_pos: float = 1.0,
     tau_neg: float = 1.05,
@@ -74,12 +80,13 @@ def loss(
     kl_loss_type: str = "low_var_kl",
     ref_logps: Float[Array, "N T"] | None = None,
 ) -> Float[Array, ""]:
-    """The policy loss, and with ref_logps kl_loss_coef times the KL loss.
+    """The policy loss, and with ref_logps (use_kl_loss) kl_loss_coef times the KL loss.
 
     name: "vanilla" (dual clip at clip_ratio_c), "gspo", "sapo", "gpg", "geo_mean" (GMPO; the bounds in log space),
     "cispo" (the bounds' distance from 1). "gspo" and "sapo" are always averaged as "seq-mean-token-mean", "geo_mean"
-    over all rows. clip_ratio_low, clip_ratio_high: None as clip_ratio. rollout_is_weights: `mismatch.capped` weights.
-    Raises: ValueError for other names.
+    over all rows; the KL loss as loss_agg_mode says. clip_ratio_low, clip_ratio_high: None as clip_ratio, which has no
+    effect while they are 0.2. rollout_is_weights: `mismatch.capped` weights, on the policy loss; "geo_mean" takes their
+    geometric mean over the row. Raises: ValueError for other names.
     """
     mask, a = jnp.asarray(mask).astype(bool), spread(advantages, mask)
     low = clip_ratio if clip_ratio_low is None else clip_ratio_low
@@ -91,18 +98,20 @@ def loss(
         {
             "vanilla": lambda: losses.ppo_clip(ratio, a, low=low, high=high, dual=clip_ratio_c),
             "gspo": lambda: losses.ppo_clip(losses.sequence_ratio(logps, old_logps, mask), a, low=low, high=high),
-            "sapo": lambda: surrogates.sapo(ratio, a, tau_positive=tau_pos, tau_negative=tau_neg),
+            "sapo": lambda: losses.sapo(ratio, a, tau_positive=tau_pos, tau_negative=tau_neg),
             "gpg": lambda: losses.reinforce(logps, a),
-            "geo_mean": lambda: surrogates.gmpo(logps, old_logps, a, mask, low=low, high=high),
-            "cispo": lambda: surrogates.cispo(logps, ratio, a, low=min(low, 1.0), high=high),
+            "geo_mean": lambda: losses.gmpo(logps, old_logps, a, mask, low=low, high=high),
+            "cispo": lambda: losses.cispo(logps, ratio, a, low=min(low, 1.0), high=high),
         },
     )()
     weights = _aggregation(loss_agg_mode, mask, loss_scale_factor)
     own = _aggregation("seq-mean-token-mean", mask, None) if name in ("gspo", "sapo", "geo_mean") else weights
+    sampled = jnp.where(mask, rollout_is_weights, 0)
     if name == "geo_mean":
         own = own * jnp.mean(mask.any(1))
-    total = losses.weighted_sum(each * jnp.where(mask, rollout_is_weights, 0), own)
-    if reference(kl_loss_coef if ref_logps is not None else 0, ref_logps, "kl_loss_coef") is None:
+        sampled = jnp.exp(jnp.log(jnp.where(mask, sampled + 1e-10, 1)).sum(1) / jnp.maximum(mask.sum(1), 1))[:, None]
+    total = losses.weighted_sum(each * sampled, own)
+    if ref_logps is None:
         return total
     return total + kl_loss_coef * losses.weighted_sum(kl_penalty(logps, ref_logps, kl_loss_type), weights)
 
@@ -127,9 +136,21 @@ def kl_penalty(logps: Float[Array, "N T"], ref_logps: Float[Array, "N T"], name:
 
 def _floored(centered: Array, rewards: Array, group_ids: Array) -> Float[Array, "N"]:
     """The z-score with the variance, not the standard deviation, kept from 0."""
+    return centered / (jnp.sqrt(jnp.maximum(_variance(rewards, group_ids), 1e-6)) + 1e-6)
+
+
+def _best_over_second(rewards: Array, group_ids: Array, by_std: bool) -> Float[Array, "N"]:
+    """Best less second best for the best row, over the group's std if asked for; 0 where two are best."""
+    rewards, ids = jnp.where(jnp.isnan(rewards), 0, rewards), jnp.where(jnp.isnan(rewards), -1, group_ids)
+    best = segments.first(rewards == segments.maximum(rewards, ids), ids)
+    lead = jnp.where(best, rewards - segments.maximum(rewards, ids, ~best), 0)
+    lead = jnp.where(segments.count(ids) > 1, lead, 0)
+    return lead / (jnp.sqrt(_variance(rewards, ids)) + 1e-6) if by_std else lead
+
+
+def _variance(rewards: Array, group_ids: Array) -> Float[Array, "N"]:
     applies = ~jnp.isnan(rewards)
-    variance = segments.variance(jnp.where(applies, rewards, 0), jnp.asarray(group_ids), applies, ddof=1)
-    return centered / (jnp.sqrt(jnp.maximum(variance, 1e-6)) + 1e-6)
+    return segments.variance(jnp.where(applies, rewards, 0), group_ids, applies, ddof=1)
 
 
 def _aggregation(name: str, mask: Bool[Array, "N T"], scale: float | None) -> Float[Array, "N T"]:
