@@ -37,21 +37,27 @@ def data():
     )
 
 
-def agrees(preset, formula, data):
-    """preset(logps), in float32 with garbage under the mask, against formula(logps, at) in float64.
+def agree(cases, data):
+    """Each case: preset(logps), in float32 with garbage under the mask, against formula(logps, at), in float64.
 
-    `at` is where the gradient is taken: what a stack detaches is computed from it.
+    `at` is where the gradient is taken: what a stack detaches is computed from it. The presets are one program.
     """
-    value, gradient = jax.value_and_grad(preset)(jnp.asarray(data.dirty.logps))
-    expected = np.zeros(data.logps.shape)
-    for place in np.argwhere(data.mask):
-        up, down = data.logps.copy(), data.logps.copy()
-        up[tuple(place)] += 1e-6
-        down[tuple(place)] -= 1e-6
-        expected[tuple(place)] = (formula(up, data.logps) - formula(down, data.logps)) / 2e-6
-    assert float(value) == pytest.approx(formula(data.logps, data.logps), rel=1e-5, abs=1e-5)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
-    assert np.abs(expected).max() > 1e-3
+
+    def all_of_them(logps):
+        values, pull = jax.vjp(lambda lp: jnp.stack([preset(lp) for preset, _ in cases.values()]), logps)
+        return values, jax.vmap(pull)(jnp.eye(len(cases)))[0]
+
+    values, gradients = jax.jit(all_of_them)(jnp.asarray(data.dirty.logps))
+    for (name, (_, formula)), value, gradient in zip(cases.items(), values, gradients, strict=True):
+        expected = np.zeros(data.logps.shape)
+        for place in map(tuple, np.argwhere(data.mask)):
+            up, down = data.logps.copy(), data.logps.copy()
+            up[place] += 1e-6
+            down[place] -= 1e-6
+            expected[place] = (formula(up, data.logps) - formula(down, data.logps)) / 2e-6
+        assert float(value) == pytest.approx(formula(data.logps, data.logps), rel=1e-5, abs=1e-5), name
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5, err_msg=name)
+        assert np.abs(expected).max() > 1e-3, name
 
 
 def rows(data, logps, at):
@@ -153,60 +159,72 @@ TRL = [
 ]
 
 
-@pytest.mark.parametrize(("options", "formula"), TRL, ids=lambda x: str(x))
-def test_trl(data, options, formula):
+def trl_case(data, options, formula):
     ref = data.dirty.ref if options.get("beta") else None
-    agrees(
+    return (
         lambda lp: trl.loss(lp, data.dirty.old, data.a, data.mask, ref_logps=ref, **options),
         lambda lp, at: trl_formula(data, lp, at, **formula),
-        data,
     )
 
 
-@pytest.mark.parametrize(
-    ("mode", "kind"),
-    [
-        ("token_truncate", "dapo"),
-        ("token_mask", "sapo"),
-        ("sequence_truncate", "cispo"),
-        ("sequence_mask", "dapo"),
-        ("sequence_mask", "luspo"),
-        ("token_truncate", "vespo"),
-        ("token_mask", "vespo"),
-    ],
-)
-def test_trl_with_a_sampler_of_its_own(data, mode, kind):
+TRL_SAMPLERS = [
+    ("token_truncate", "dapo"),
+    ("token_mask", "sapo"),
+    ("sequence_truncate", "cispo"),
+    ("sequence_mask", "dapo"),
+    ("sequence_mask", "luspo"),
+    ("token_truncate", "vespo"),
+    ("token_mask", "vespo"),
+]
+
+
+def trl_sampler_case(data, mode, kind):
     """The weight, and the mask of bad and unlikely completions, act on the surrogate; the KL term goes without."""
-    beta = 0.0 if kind == "luspo" else 0.1
+    beta, level = (0.0, "sequence") if kind == "luspo" else (0.1, "token")
+    bounds = {"vllm_importance_sampling_clip_max": 1.5, "vllm_importance_sampling_clip_min": 0.6}
+    options = {"loss_type": kind, "beta": beta, "ref_logps": data.dirty.ref, "epsilon_high": 0.3}
 
     def preset(logps):
-        weights = trl.sampler_weights(
-            data.dirty.old,
-            data.dirty.sampler,
-            data.mask,
-            vllm_importance_sampling_mode=mode,
-            vllm_importance_sampling_clip_max=1.5,
-            vllm_importance_sampling_clip_min=0.6,
-        )
-        spread = np.repeat(data.a[:, None], 5, 1)
-        kept = ~mismatch.drifted(logps, data.dirty.sampler, spread, data.mask, threshold=0.05)
-        options = {"loss_type": kind, "beta": beta, "ref_logps": data.dirty.ref, "epsilon_high": 0.3}
-        return trl.loss(
-            logps,
-            data.dirty.old,
-            data.a,
-            data.mask,
-            importance_sampling_ratio=weights,
-            keep=kept[:, None],
-            **options,
-        )
+        old, sampler, a = data.dirty.old, data.dirty.sampler, data.a
+        weights = trl.sampler_weights(old, sampler, data.mask, vllm_importance_sampling_mode=mode, **bounds)
+        keep = ~mismatch.drifted(logps, sampler, np.repeat(a[:, None], 5, 1), data.mask, threshold=0.05)[:, None]
+        return trl.loss(logps, old, a, data.mask, importance_sampling_ratio=weights, keep=keep, **options)
 
-    level = "sequence" if kind == "luspo" else "token"
-    agrees(
-        preset,
-        lambda lp, at: trl_formula(data, lp, at, kind, level=level, high=0.3, beta=beta, mode=mode, threshold=0.05),
-        data,
+    return preset, lambda lp, at: trl_formula(
+        data, lp, at, kind, level=level, high=0.3, beta=beta, mode=mode, threshold=0.05
     )
+
+
+def trl_gmpo(data, logps, high=0.4, beta=0.0):
+    total = 0.0
+    for a, new, _, old, ref, _ in rows(data, logps, logps):
+        d = new - old
+        clamped = np.clip(d, -0.4, high)
+        d = np.minimum(d, clamped) if a > 0 else np.maximum(d, clamped)
+        total += -np.exp(mean(d)) * a * (len(new) > 0)  # an empty row is a constant there, without a gradient
+        total += beta * mean(np.exp(ref - new) - (ref - new) - 1)
+    return total / len(data.a)
+
+
+def trl_rloo(data, logps):
+    total = 0.0
+    for a, new, _, old, _, _ in rows(data, logps, logps):
+        coef = np.exp(new.sum() - old.sum())
+        total += -min(coef * a, np.clip(coef, 0.8, 1.3) * a) * (len(new) > 0)
+    return total / len(data.a)
+
+
+def test_trl(data):
+    given, ref = (data.dirty.old, data.a, data.mask), data.dirty.ref
+    cases = {str(options): trl_case(data, options, formula) for options, formula in TRL}
+    cases |= {f"{mode} {kind}": trl_sampler_case(data, mode, kind) for mode, kind in TRL_SAMPLERS}
+    cases["gmpo"] = (lambda lp: trl.gmpo_loss(lp, *given)), (lambda lp, at: trl_gmpo(data, lp))
+    cases["gmpo, KL"] = (
+        lambda lp: trl.gmpo_loss(lp, *given, epsilon_high=0.1, beta=0.2, ref_logps=ref),
+        lambda lp, at: trl_gmpo(data, lp, 0.1, 0.2),
+    )
+    cases["rloo"] = (lambda lp: trl.rloo_loss(lp, *given, epsilon_high=0.3)), (lambda lp, at: trl_rloo(data, lp))
+    agree(cases, data)
 
 
 def test_trl_bounds_that_are_not_given(data):
@@ -218,33 +236,6 @@ def test_trl_bounds_that_are_not_given(data):
     np.testing.assert_allclose(np.where(data.mask, trl.sampler_weights(*given), 1), expected, rtol=1e-5)
     free = trl.sampler_weights(*given, vllm_importance_sampling_clip_max=None)
     np.testing.assert_allclose(np.where(data.mask, free, 1), np.where(data.mask, whole, 1), rtol=1e-5)
-
-
-@pytest.mark.parametrize(("high", "beta"), [(0.4, 0.0), (0.1, 0.2)])
-def test_trl_gmpo(data, high, beta):
-    def formula(logps, at):
-        total = 0.0
-        for a, new, _, old, ref, _ in rows(data, logps, at):
-            d = new - old
-            clamped = np.clip(d, -0.4, high)
-            d = np.minimum(d, clamped) if a > 0 else np.maximum(d, clamped)
-            total += -np.exp(mean(d)) * a * (len(new) > 0)  # an empty row is a constant there, without a gradient
-            total += beta * mean(np.exp(ref - new) - (ref - new) - 1)
-        return total / len(data.a)
-
-    options = {} if high == 0.4 else {"epsilon_high": high, "beta": beta, "ref_logps": data.dirty.ref}
-    agrees(lambda lp: trl.gmpo_loss(lp, data.dirty.old, data.a, data.mask, **options), formula, data)
-
-
-def test_trl_rloo(data):
-    def formula(logps, at):
-        total = 0.0
-        for a, new, _, old, _, _ in rows(data, logps, at):
-            coef = np.exp(new.sum() - old.sum())
-            total += -min(coef * a, np.clip(coef, 0.8, 1.3) * a) * (len(new) > 0)
-        return total / len(data.a)
-
-    agrees(lambda lp: trl.rloo_loss(lp, data.dirty.old, data.a, data.mask, epsilon_high=0.3), formula, data)
 
 
 # ---- verl ------------------------------------------------------------------------------------------
@@ -298,52 +289,49 @@ def verl_formula(data, logps, at, name, mode="token-mean", low=0.2, high=0.2, c=
     return policy + (0.3 * verl_aggregate(terms, mode, scale) if kl else 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "mode", "kl", "weigh"),
-    [
-        ("vanilla", "token-mean", "k3", False),
-        ("vanilla", "seq-mean-token-mean", "low_var_kl", True),
-        ("vanilla", "seq-mean-token-sum", "kl", False),
-        ("vanilla", "seq-mean-token-sum-norm", "mse", False),
-        ("gspo", "token-mean", "abs", True),
-        ("sapo", "token-mean", "k1", True),
-        ("gpg", "token-mean", None, True),
-        ("geo_mean", "token-mean", "low_var_kl", False),
-        ("geo_mean", "seq-mean-token-sum", "k2", True),
-        ("cispo", "token-mean", None, False),
-        ("cispo", "seq-mean-token-sum-norm", None, True),
-    ],
-)
-def test_verl(data, name, mode, kl, weigh):
+VERL_LOSSES = [
+    ("vanilla", "token-mean", "k3", False),
+    ("vanilla", "seq-mean-token-mean", "low_var_kl", True),
+    ("vanilla", "seq-mean-token-sum", "kl", False),
+    ("vanilla", "seq-mean-token-sum-norm", "mse", False),
+    ("gspo", "token-mean", "abs", True),
+    ("sapo", "token-mean", "k1", True),
+    ("gpg", "token-mean", None, True),
+    ("geo_mean", "token-mean", "low_var_kl", False),
+    ("geo_mean", "seq-mean-token-sum", "k2", True),
+    ("cispo", "token-mean", None, False),
+    ("cispo", "seq-mean-token-sum-norm", None, True),
+]
+
+
+def verl_case(data, name, mode, kl, weigh):
     weights = mismatch.truncated_importance(data.dirty.old, data.dirty.sampler, cap=1.3) if weigh else 1.0
     options = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.25, "clip_ratio_c": 1.4, "loss_agg_mode": mode}
     if kl:
         options |= {"ref_logps": data.dirty.ref, "kl_loss_type": kl, "kl_loss_coef": 0.3}
-    agrees(
+    return (
         lambda lp: verl.loss(name, lp, data.dirty.old, data.a, data.mask, rollout_is_weights=weights, **options),
         lambda lp, at: verl_formula(data, lp, at, name, mode, 0.1, 0.25, 1.4, kl=kl, weigh=weigh),
-        data,
     )
 
 
-def test_verl_defaults_and_scale(data):
+def test_verl(data):
     """clip_ratio alone does nothing, as long as the two bounds are not None."""
-    given = data.dirty.old, data.a, data.mask
-    agrees(
-        lambda lp: verl.loss("cispo", lp, *given, loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=9),
-        lambda lp, at: verl_formula(data, lp, at, "cispo", "seq-mean-token-sum-norm", scale=9),
-        data,
+    given, norm = (data.dirty.old, data.a, data.mask), "seq-mean-token-sum-norm"
+    cases = {str(options): verl_case(data, *options) for options in VERL_LOSSES}
+    cases["scale"] = (
+        lambda lp: verl.loss("cispo", lp, *given, loss_agg_mode=norm, loss_scale_factor=9),
+        lambda lp, at: verl_formula(data, lp, at, "cispo", norm, scale=9),
     )
-    agrees(
+    cases["defaults"] = (
         lambda lp: verl.loss("vanilla", lp, *given, clip_ratio=0.05),
         lambda lp, at: verl_formula(data, lp, at, "vanilla"),
-        data,
     )
-    agrees(
+    cases["clip_ratio"] = (
         lambda lp: verl.loss("vanilla", lp, *given, clip_ratio=0.05, clip_ratio_low=None, clip_ratio_high=None),
         lambda lp, at: verl_formula(data, lp, at, "vanilla", low=0.05, high=0.05),
-        data,
     )
+    agree(cases, data)
 
 
 # ---- Tunix ------------------------------------------------------------------------------------------
@@ -377,40 +365,41 @@ def tunix_formula(
     return total / denominators[how]
 
 
-@pytest.mark.parametrize(
-    ("options", "formula"),
-    [
-        ({}, {}),
-        (
-            {"beta": 0.0, "loss_agg_mode": "token-mean", "epsilon_high": 0.28},
-            {"beta": 0.0, "how": "token-mean", "high": 0.28},
-        ),
-        (
-            {"loss_algo": "gspo-token", "kl_loss_mode": "mse_kl", "loss_agg_mode": "seq-mean-token-sum"},
-            {"algo": "gspo-token", "kl": "mse_kl", "how": "seq-mean-token-sum"},
-        ),
-        (
-            {"epsilon_c": 1.3, "kl_loss_mode": "low_var_kl", "loss_agg_mode": "sequence-mean-token-scale"},
-            {"c": 1.3, "kl": "low_var_kl", "how": "sequence-mean-token-scale"},
-        ),
-        (
-            {"kl_loss_mode": "low_var_kl", "kl_clamp_value": 0.1, "loss_agg_mode": "sequence-mean-token-sum-norm"},
-            {"kl": "low_var_kl", "clamp": 0.1, "how": "sequence-mean-token-sum-norm"},
-        ),
-        ({"weigh": True}, {"weigh": True}),
-    ],
-    ids=str,
-)
-def test_tunix(data, options, formula):
+TUNIX = [
+    ({}, {}),
+    (
+        {"beta": 0.0, "loss_agg_mode": "token-mean", "epsilon_high": 0.28},
+        {"beta": 0.0, "how": "token-mean", "high": 0.28},
+    ),
+    (
+        {"loss_algo": "gspo-token", "kl_loss_mode": "mse_kl", "loss_agg_mode": "seq-mean-token-sum"},
+        {"algo": "gspo-token", "kl": "mse_kl", "how": "seq-mean-token-sum"},
+    ),
+    (
+        {"epsilon_c": 1.3, "kl_loss_mode": "low_var_kl", "loss_agg_mode": "sequence-mean-token-scale"},
+        {"c": 1.3, "kl": "low_var_kl", "how": "sequence-mean-token-scale"},
+    ),
+    (
+        {"kl_loss_mode": "low_var_kl", "kl_clamp_value": 0.1, "loss_agg_mode": "sequence-mean-token-sum-norm"},
+        {"kl": "low_var_kl", "clamp": 0.1, "how": "sequence-mean-token-sum-norm"},
+    ),
+    ({"weigh": True}, {"weigh": True}),
+]
+
+
+def tunix_case(data, options, formula):
     options = dict(options)
     if options.pop("weigh", False):
         weights = mismatch.truncated_importance(data.dirty.old, data.dirty.sampler, cap=1.2)
         options["sampler_is_weights"] = weights
-    agrees(
+    return (
         lambda lp: tunix.loss(lp, data.dirty.old, data.a, data.mask, ref_logps=data.dirty.ref, **options),
         lambda lp, at: tunix_formula(data, lp, at, **formula),
-        data,
     )
+
+
+def test_tunix(data):
+    agree({str(options): tunix_case(data, options, formula) for options, formula in TUNIX}, data)
 
 
 # ---- NeMo RL ------------------------------------------------------------------------------------------
@@ -460,36 +449,34 @@ def nemo_formula(
     return reduce(per_row) + reduce(terms)
 
 
-@pytest.mark.parametrize(
-    ("options", "formula"),
-    [
-        ({}, {}),
-        (
-            {"token_level_loss": False, "ratio_clip_c": 1.3, "reference_policy_kl_penalty": 0.5},
-            {"tokens_level": False, "c": 1.3, "penalty": 0.5},
-        ),
-        (
-            {"reference_policy_kl_penalty": 0.5, "reference_policy_kl_type": "k1", "ratio_clip_max": 0.28},
-            {"penalty": 0.5, "kl": "k1", "high": 0.28},
-        ),
-        (
-            {"reference_policy_kl_penalty": 0.5, "reference_policy_kl_type": "k2", "approximate": True},
-            {"penalty": 0.5, "kl": "k2", "approximate": True},
-        ),
-        ({"reference_policy_kl_penalty": 0.5, "approximate": True}, {"penalty": 0.5, "approximate": True}),
-        (
-            {"sequence_level_importance_ratios": True, "token_level_loss": False, "weigh": "product"},
-            {"kind": "gspo", "tokens_level": False, "weigh": "product"},
-        ),
-        ({"use_cispo": True, "weigh": "raw"}, {"kind": "cispo", "weigh": "raw"}),
-        ({"disable_ppo_ratio": True, "weigh": "tis"}, {"kind": "reinforce", "weigh": "tis"}),
-        ({"weigh": "icepop"}, {"weigh": "icepop"}),
-        ({"weigh": "seq-mask-tis"}, {"weigh": "seq-mask-tis"}),
-        ({"reference_policy_kl_penalty": 0.0}, {"penalty": 0.0}),
-    ],
-    ids=str,
-)
-def test_nemo_rl(data, options, formula):
+NEMO_RL = [
+    ({}, {}),
+    (
+        {"token_level_loss": False, "ratio_clip_c": 1.3, "reference_policy_kl_penalty": 0.5},
+        {"tokens_level": False, "c": 1.3, "penalty": 0.5},
+    ),
+    (
+        {"reference_policy_kl_penalty": 0.5, "reference_policy_kl_type": "k1", "ratio_clip_max": 0.28},
+        {"penalty": 0.5, "kl": "k1", "high": 0.28},
+    ),
+    (
+        {"reference_policy_kl_penalty": 0.5, "reference_policy_kl_type": "k2", "approximate": True},
+        {"penalty": 0.5, "kl": "k2", "approximate": True},
+    ),
+    ({"reference_policy_kl_penalty": 0.5, "approximate": True}, {"penalty": 0.5, "approximate": True}),
+    (
+        {"sequence_level_importance_ratios": True, "token_level_loss": False, "weigh": "product"},
+        {"kind": "gspo", "tokens_level": False, "weigh": "product"},
+    ),
+    ({"use_cispo": True, "weigh": "raw"}, {"kind": "cispo", "weigh": "raw"}),
+    ({"disable_ppo_ratio": True, "weigh": "tis"}, {"kind": "reinforce", "weigh": "tis"}),
+    ({"weigh": "icepop"}, {"weigh": "icepop"}),
+    ({"weigh": "seq-mask-tis"}, {"weigh": "seq-mask-tis"}),
+    ({"reference_policy_kl_penalty": 0.0}, {"penalty": 0.0}),
+]
+
+
+def nemo_rl_case(data, options, formula):
     options = dict(options)
     kind = options.pop("weigh", None)
     if kind:
@@ -508,11 +495,14 @@ def test_nemo_rl(data, options, formula):
         )
     if options.pop("approximate", False):
         options["generation_logps"] = data.dirty.sampler
-    agrees(
+    return (
         lambda lp: nemo_rl.loss(lp, data.dirty.old, data.a, data.mask, ref_logps=data.dirty.ref, **options),
         lambda lp, at: nemo_formula(data, lp, at, **formula),
-        data,
     )
+
+
+def test_nemo_rl(data):
+    agree({str(options): nemo_rl_case(data, options, formula) for options, formula in NEMO_RL}, data)
 
 
 # ---- OpenRLHF ------------------------------------------------------------------------------------------
@@ -552,24 +542,22 @@ def openrlhf_formula(
     return policy + coefficient * sum(x.sum() for x in terms) / tokens
 
 
-@pytest.mark.parametrize(
-    ("options", "formula"),
-    [
-        ({}, {}),
-        ({"kl": None}, {"kl": "k1", "coefficient": 0.01}),
-        ({"dual_clip": 1.3, "eps_clip_low_high": (0.1, 0.27)}, {"dual": 1.3, "low": 0.1, "high": 0.27}),
-        ({"kl": "k3", "init_coef": 0.2, "eps_clip": 0.1}, {"kl": "k3", "coefficient": 0.2, "low": 0.1, "high": 0.1}),
-        (
-            {"policy_loss_type": "gspo", "kl": "k2", "init_coef": 0.3},
-            {"kind": "gspo", "kl": "k2", "coefficient": 0.3},
-        ),
-        ({"weigh": "tis", "kl": "k1", "init_coef": 0.3}, {"weigh": "tis", "kl": "k1", "coefficient": 0.3}),
-        ({"weigh": "icepop"}, {"weigh": "icepop"}),
-        ({"weigh": "seq-mask-tis"}, {"weigh": "seq-mask-tis"}),
-    ],
-    ids=str,
-)
-def test_openrlhf(data, options, formula):
+OPENRLHF = [
+    ({}, {}),
+    ({"kl": None}, {"kl": "k1", "coefficient": 0.01}),
+    ({"dual_clip": 1.3, "eps_clip_low_high": (0.1, 0.27)}, {"dual": 1.3, "low": 0.1, "high": 0.27}),
+    ({"kl": "k3", "init_coef": 0.2, "eps_clip": 0.1}, {"kl": "k3", "coefficient": 0.2, "low": 0.1, "high": 0.1}),
+    (
+        {"policy_loss_type": "gspo", "kl": "k2", "init_coef": 0.3},
+        {"kind": "gspo", "kl": "k2", "coefficient": 0.3},
+    ),
+    ({"weigh": "tis", "kl": "k1", "init_coef": 0.3}, {"weigh": "tis", "kl": "k1", "coefficient": 0.3}),
+    ({"weigh": "icepop"}, {"weigh": "icepop"}),
+    ({"weigh": "seq-mask-tis"}, {"weigh": "seq-mask-tis"}),
+]
+
+
+def openrlhf_case(data, options, formula):
     options = dict(options)
     if "kl" in options:
         options["ref_logps"] = data.dirty.ref
@@ -583,11 +571,14 @@ def test_openrlhf(data, options, formula):
             is_correction_type=options.pop("weigh"),
             is_correction_threshold=(0.7, 1.3),
         )
-    agrees(
+    return (
         lambda lp: openrlhf.loss(lp, data.dirty.old, data.a, data.mask, **options),
         lambda lp, at: openrlhf_formula(data, lp, at, **formula),
-        data,
     )
+
+
+def test_openrlhf(data):
+    agree({str(options): openrlhf_case(data, options, formula) for options, formula in OPENRLHF}, data)
 
 
 def test_far_from_the_reference():
@@ -601,7 +592,7 @@ def test_far_from_the_reference():
             "verl": verl.kl_penalty(lp, ref, "k3").sum(),
             "openrlhf": openrlhf.loss(lp, lp, none, mask, ref_logps=ref, estimator="k3", init_coef=1.0),
             "nemo_rl": nemo_rl.loss(lp, lp, none, mask, **options),
-            # over 20 the weight that NeMo RL puts on its KL term has no gradient either, even where the product is small
+            # over 20 the weight that NeMo RL puts on its KL term has no gradient either, however small the product
             "nemo_rl, weighed": nemo_rl.loss(lp, lp, none, mask, generation_logps=logps + 5, **options),
         }
 
@@ -730,7 +721,8 @@ def test_advantages_by_row(rewards):
 def test_trl_rloo_with_kl_in_the_reward(data):
     rewards = draws("normal")
     penalised = rewards - 0.05 * np.where(data.mask, data.old - data.ref, 0).sum(1)
-    got = trl.rloo_advantages(rewards, GROUPS, old_logps=data.dirty.old, ref_logps=data.dirty.ref, mask=data.mask)
+    given = {"old_logps": data.dirty.old, "ref_logps": data.dirty.ref, "mask": data.mask}
+    got = jax.jit(lambda r: trl.rloo_advantages(r, GROUPS, **given))(jnp.float32(rewards))
     np.testing.assert_allclose(got, by_row(penalised, over_others), rtol=1e-5, atol=1e-5)
 
 
@@ -817,9 +809,11 @@ def biased_white(values, mask):
 
 def test_nemo_rl_reinforce_plus_plus(rewards, data):
     counted = data.mask & compared(rewards)[:, None]
-    for minus in (True, False):
-        row = by_row(rewards, centered if minus else lambda own, group, others: own)
-        got = nemo_rl.reinforce_plus_plus(rewards, GROUPS, data.mask, minus_baseline=minus)
+    both = jax.jit(
+        lambda r: [nemo_rl.reinforce_plus_plus(r, GROUPS, data.mask, minus_baseline=x) for x in (True, False)]
+    )
+    for got, formula in zip(both(jnp.float32(rewards)), (centered, lambda own, group, others: own), strict=True):
+        row = by_row(rewards, formula)
         expected = biased_white(np.repeat(row[:, None], 5, 1), counted)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -851,7 +845,7 @@ def openrlhf_advantages(rewards, data, estimator, *, kl=None, gamma=1.0, clip=(-
     return advantages * counted
 
 
-OPENRLHF = {
+OPENRLHF_ESTIMATORS = {
     "group_norm": {},
     "dr_grpo": {"kl": "k1"},
     "rloo": {"kl": "k2", "clip": (-0.5, 0.4)},
@@ -863,14 +857,14 @@ OPENRLHF = {
 
 def test_openrlhf_advantages(rewards, data):
     def call(name, r):
-        options = dict(OPENRLHF[name])
+        options = dict(OPENRLHF_ESTIMATORS[name])
         kl, clip = options.pop("kl", None), options.pop("clip", (-10, 10))
         if kl:
             options |= {"old_logps": data.dirty.old, "ref_logps": data.dirty.ref, "kl_estimator": kl}
         return openrlhf.advantages(name.strip(), r, GROUPS, data.mask, clip_range=clip, **options)
 
-    got = jax.jit(lambda r: {name: call(name, r) for name in OPENRLHF})(jnp.float32(rewards))
-    for name, options in OPENRLHF.items():
+    got = jax.jit(lambda r: {name: call(name, r) for name in OPENRLHF_ESTIMATORS})(jnp.float32(rewards))
+    for name, options in OPENRLHF_ESTIMATORS.items():
         expected = openrlhf_advantages(rewards, data, name.strip(), **options)
         np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -947,14 +941,13 @@ def test_the_same_name_is_another_thing(data):
     assert float(capped) == pytest.approx(float(clipped), rel=1e-5)
     assert float(norm) == pytest.approx(float(dr) * len(data.a), rel=1e-5)
     assert float(grpo) == pytest.approx(float(mean) * 10 / 11, rel=1e-5)  # one row is empty
-    ones = np.ones(11)
-    assert float(trl.advantages(ones, GROUPS)[7]) == 0
-    assert float(verl.advantages("grpo", ones, GROUPS, data.mask)[7, 0]) == pytest.approx(1)
+    alone = jax.jit(lambda r: (trl.advantages(r, GROUPS)[7], verl.advantages("grpo", r, GROUPS, data.mask)[7, 0]))
+    assert [float(x) for x in alone(jnp.ones(11))] == [0, pytest.approx(1)]
     lp, ref, none, one = jnp.array([[-1.0]]), jnp.array([[-1.5]]), np.zeros(1), np.ones((1, 1), bool)
     nemo = jax.grad(lambda x: nemo_rl.loss(x, x, none, one, ref_logps=ref, reference_policy_kl_penalty=1.0))
     others = jax.grad(lambda x: trl.loss(x, x, none, one, ref_logps=ref, beta=1.0))
-    assert float(nemo(lp)[0, 0]) == pytest.approx(0.5)
-    assert float(others(lp)[0, 0]) == pytest.approx(1 - np.exp(-0.5))
+    slopes = jax.jit(lambda lp: (nemo(lp)[0, 0], others(lp)[0, 0]))(lp)
+    assert [float(x) for x in slopes] == [pytest.approx(0.5), pytest.approx(1 - np.exp(-0.5))]
 
 
 @pytest.mark.parametrize(
@@ -991,7 +984,7 @@ def test_the_same_name_is_another_thing(data):
 )
 def test_errors_say_what_to_do(call, message):
     with pytest.raises(ValueError, match=message):
-        call(jnp.zeros((2, 3)), jnp.ones((2, 3), bool))
+        jax.eval_shape(call, jnp.zeros((2, 3)), jnp.ones((2, 3), bool))
 
 
 def test_all_are_there():
@@ -1001,7 +994,7 @@ def test_all_are_there():
 def test_spreads_near_nothing():
     """verl's floor is on the variance; NeMo RL does not divide where the others are equal, in float32 as well."""
     close, pair, mask = np.array([0.5, 0.5005]), np.zeros(2, int), np.ones((2, 1), bool)
-    got = verl.advantages("grpo_vectorized", close, pair, mask)[:, 0]
+    got = jax.jit(lambda r: verl.advantages("grpo_vectorized", r, pair, mask)[:, 0])(close)
     np.testing.assert_allclose(got, np.array([-0.00025, 0.00025]) / (1e-3 + 1e-6), rtol=1e-4)
     first = jax.jit(lambda r, g: nemo_rl.advantages(r, g)[0])
     for others in range(2, 12):
@@ -1012,8 +1005,8 @@ def test_spreads_near_nothing():
 def test_corrections_under_the_mask_are_not_read(data):
     """A correction of one's own may be anything where nothing is trained."""
     given = np.float32(data.old), data.a, data.mask
-    dirty = np.where(data.mask, 0.7, np.nan)
-    for loss in (
+    dirty = jnp.stack([np.where(data.mask, 0.7, np.nan), np.full(data.mask.shape, 0.7)])
+    losses = (
         lambda lp, w: trl.loss(lp, *given, importance_sampling_ratio=w),
         lambda lp, w: trl.loss(lp, *given, importance_sampling_ratio=w, loss_type="vespo"),
         lambda lp, w: verl.loss("vanilla", lp, *given, rollout_is_weights=w),
@@ -1021,6 +1014,8 @@ def test_corrections_under_the_mask_are_not_read(data):
         lambda lp, w: tunix.loss(lp, *given, sampler_is_weights=w, beta=0.0),
         lambda lp, w: nemo_rl.loss(lp, *given, importance_weights=w, reference_policy_kl_penalty=0.0),
         lambda lp, w: openrlhf.loss(lp, *given, is_weights=w),
-    ):
-        got, clean = (jax.value_and_grad(loss)(jnp.float32(data.logps), w) for w in (dirty, 0.7))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, clean)
+    )
+    slopes = jax.jacrev(lambda lp, w: jnp.stack([loss(lp, w) for loss in losses]))
+    got, clean = jax.jit(jax.vmap(slopes, (None, 0)))(jnp.float32(data.logps), dirty)
+    np.testing.assert_allclose(got, clean, rtol=1e-6)
+    assert np.all(np.abs(clean).max((1, 2)) > 1e-3)

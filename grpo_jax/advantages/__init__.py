@@ -3,10 +3,11 @@
     adv = advantages.group_z_score(rewards, group_ids)                        # [N]
     adv = advantages.per_decision(adv, mask)                                  # [N, T]
 
-The files: the classical estimators in `group`, `baselines`, `whitening`, `returns`; other ways to compare in `median`,
-`beta`, `virtual`, `strata`, `tree`, `ranks`, `channels`, `constraints`, `pairing`; what is known of prompts and where
-completions go in `tracker`, `shrunk`, `success`, `allocation`, `values`, `novelty`, `diversity`; rewards before they
-are compared in `shaping`, `lengths`, `gates`, `mixing`, `preferences`, `unlikely`, `asymmetry`. docs/library.md has tables.
+The classical estimators are in `group`, `baselines`, `whitening` and `returns`; other ways to compare in `median`,
+`beta`, `virtual`, `strata`, `tree`, `ranks`, `channels`, `constraints` and `pairing`; what is known of prompts, and
+where completions go, in `tracker`, `shrunk`, `success`, `allocation`, `values`, `novelty` and `diversity`; rewards
+before they are compared in `shaping`, `lengths`, `gates`, `mixing`, `preferences`, `unlikely` and `asymmetry`.
+docs/library.md has tables of all.
 """
 
 from grpo_jax.advantages.allocation import (

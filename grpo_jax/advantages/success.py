@@ -15,7 +15,7 @@ class SuccessWindow(NamedTuple):
     """P prompts of the dataset, W rewards remembered of each."""
 
     recent: Float[Array, "P W"]  # the last W rewards, in a ring
-    count: Int[Array, "P"]  # rewards seen so far
+    seen: Int[Array, "P"]  # rewards so far
     rate: Float[Array, "P"]
 
 
@@ -52,20 +52,20 @@ def success_window(
         rewards = jnp.where(counts, jnp.clip(rewards, 0, 1), 0)
         rows = segments.join(jnp.where(counts, prompt_ids, -1))  # ids below N, whatever P is
         new, place = segments.count(rows), segments.rank(jnp.zeros_like(rewards), rows).astype(jnp.int32)
-        nowhere = len(state.count)
+        nowhere = len(state.seen)
         at = jnp.where(counts, prompt_ids, nowhere)
-        slot = (state.count[jnp.maximum(prompt_ids, 0)] + place) % window
+        slot = (state.seen[jnp.maximum(prompt_ids, 0)] + place) % window
         kept = jnp.where(place >= new - window, at, nowhere)  # a ring is written once
         recent = state.recent.at[kept, slot].set(rewards, mode="drop")
-        count = state.count.at[at].add(1, mode="drop")
-        filled = jnp.arange(window) < count[:, None]
-        windowed = jnp.where(filled, recent, 0).sum(axis=1) / jnp.clip(count, 1, window)
+        seen = state.seen.at[at].add(1, mode="drop")
+        filled = jnp.arange(window) < seen[:, None]
+        windowed = jnp.where(filled, recent, 0).sum(axis=1) / jnp.clip(seen, 1, window)
         rate = jnp.where(new >= window, segments.mean(rewards, rows), windowed[jnp.maximum(prompt_ids, 0)])
-        return SuccessWindow(recent, count, state.rate.at[at].set(rate, mode="drop"))
+        return SuccessWindow(recent, seen, state.rate.at[at].set(rate, mode="drop"))
 
     return init, update
 
 
 def success_rates(state: SuccessWindow, *, fewest: int = 8) -> Float[Array, "P"]:
     """The rate of every prompt, NaN where fewer than `fewest` rewards have been seen."""
-    return jnp.where(state.count >= fewest, state.rate, jnp.nan)
+    return jnp.where(state.seen >= fewest, state.rate, jnp.nan)

@@ -46,7 +46,7 @@ def test_against_lists(seed, window):
         state = update(state, rewards, prompts)
         by_hand.update(rewards, prompts)
         np.testing.assert_allclose(state.rate, by_hand.rate, atol=1e-6)
-        np.testing.assert_array_equal(state.count, [len(h) for h in by_hand.history])
+        np.testing.assert_array_equal(state.seen, [len(h) for h in by_hand.history])
     known = [len(h) >= 8 for h in by_hand.history]
     assert any(known) and not all(known)
     np.testing.assert_allclose(success_rates(state), np.where(known, by_hand.rate, np.nan), atol=1e-6)
@@ -80,7 +80,7 @@ def test_rows_pass_through_jit_vmap_and_shard_map():
 
     def after(rewards, prompt_ids):
         state = update(init(24), rewards, prompt_ids)
-        return state.rate.sum(), state.count.sum()
+        return state.rate.sum(), state.seen.sum()
 
     laws.rows(jax.jit(after), {"rewards": rewards, "prompt_ids": prompts}, ids=("prompt_ids",), ordered=True, half=None)
 
@@ -93,7 +93,7 @@ def test_it_is_a_pure_scan():
     state, _ = jax.lax.scan(lambda s, x: (update(s, *x), None), start, (jnp.float32(rewards), jnp.asarray(prompts)))
     for r, p in zip(rewards, prompts):
         start_of_step, start = start, update(start, r, p)
-    assert int(start_of_step.count.sum()) < int(start.count.sum())
+    assert int(start_of_step.seen.sum()) < int(start.seen.sum())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state, start)
 
 

@@ -51,7 +51,7 @@ def test_the_budget_follows_what_is_known(make):
     for _ in range(2):
         counts, state = step(make, method, state, [0, 1, 2], score)
         assert counts == [4, 4, 4]
-    assert state.host["count"].tolist() == [8, 8, 8, 0, 0, 0]
+    assert state.host["seen"].tolist() == [8, 8, 8, 0, 0, 0]
     counts, state = step(make, method, state, [0, 1, 2], score)
     assert counts == [8, 2, 2]  # ln(0.1) / ln(0.75) = 8.004: within the cost of a mixed group
     np.testing.assert_allclose(state.host["rate"][:3], [0.25, 1, 0])
@@ -78,7 +78,7 @@ def test_success_is_a_reward_above_nothing(make):
     method = resolve(make)
     rewards = {0: [-1, 0, 0.1, 2.0], 1: [np.nan, np.nan, 1, 0], 2: [np.nan] * 4}
     _, state = step(make, method, method.init(Pool), [0, 1, 2], lambda prompt, count: np.array(rewards[prompt]))
-    assert state.host["count"].tolist() == [4, 2, 0, 0, 0, 0]
+    assert state.host["seen"].tolist() == [4, 2, 0, 0, 0, 0]
     np.testing.assert_allclose(state.host["rate"], [0.5, 0.5, 0, 0, 0, 0])
 
 
