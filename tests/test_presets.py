@@ -4,6 +4,7 @@ The formulas keep the shape of the source they are taken from (what it detaches,
 its order), one completion at a time, and share nothing with each other that the stacks do not.
 """
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -622,9 +623,14 @@ def draws(kind):
     return values
 
 
-@pytest.fixture(params=["normal", "binary", "missing"])
-def rewards(request):
-    return draws(request.param)
+def same(calls, formulas):
+    """calls[name](rewards), all one program, against formulas[name](rewards), for several kinds of rewards."""
+    program = jax.jit(lambda r: {name: call(r) for name, call in calls.items()})
+    for kind in ("normal", "binary", "missing"):
+        got = program(jnp.float32(draws(kind)))
+        for name, formula in formulas.items():
+            expected = formula(draws(kind))
+            np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-5, err_msg=f"{name}, {kind}")
 
 
 def by_row(rewards, formula):
@@ -712,10 +718,11 @@ PER_ROW = {
 }
 
 
-def test_advantages_by_row(rewards):
-    got = jax.jit(lambda r: {name: preset(r) for name, (preset, _) in PER_ROW.items()})(jnp.float32(rewards))
-    for name, (_, formula) in PER_ROW.items():
-        np.testing.assert_allclose(got[name], formula(rewards), rtol=1e-5, atol=1e-5, err_msg=name)
+def test_advantages_by_row():
+    same(
+        {name: preset for name, (preset, _) in PER_ROW.items()},
+        {name: formula for name, (_, formula) in PER_ROW.items()},
+    )
 
 
 def test_trl_rloo_with_kl_in_the_reward(data):
@@ -788,16 +795,15 @@ VERL = ["dr_grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "
 VERL += ["reinforce_plus_plus_baseline", "grpo"]
 
 
-def test_verl_advantages(rewards, data):
+def test_verl_advantages(data):
     def call(name, r):
         options = {"norm_adv_by_std_in_grpo": name != "dr_grpo", "gamma": 0.9}
         return verl.advantages("grpo" if name == "dr_grpo" else name, r, GROUPS, data.mask, **options)
 
-    got = jax.jit(lambda r: {name: call(name, r) for name in VERL})(jnp.float32(rewards))
-    for name in VERL:
-        np.testing.assert_allclose(
-            got[name], verl_advantages(name, rewards, data.mask), rtol=1e-5, atol=1e-5, err_msg=name
-        )
+    same(
+        {name: functools.partial(call, name) for name in VERL},
+        {name: lambda r, name=name: verl_advantages(name, r, data.mask) for name in VERL},
+    )
 
 
 def biased_white(values, mask):
@@ -807,15 +813,18 @@ def biased_white(values, mask):
     return np.where(mask, (values - middle) / np.sqrt(max(variance, 1e-8)), 0)
 
 
-def test_nemo_rl_reinforce_plus_plus(rewards, data):
-    counted = data.mask & compared(rewards)[:, None]
-    both = jax.jit(
-        lambda r: [nemo_rl.reinforce_plus_plus(r, GROUPS, data.mask, minus_baseline=x) for x in (True, False)]
+def test_nemo_rl_reinforce_plus_plus(data):
+    def call(minus, r):
+        return nemo_rl.reinforce_plus_plus(r, GROUPS, data.mask, minus_baseline=minus)
+
+    def formula(minus, r):
+        row = by_row(r, centered if minus else lambda own, group, others: own)
+        return biased_white(np.repeat(row[:, None], 5, 1), data.mask & compared(r)[:, None])
+
+    same(
+        {x: functools.partial(call, x) for x in (True, False)},
+        {x: functools.partial(formula, x) for x in (True, False)},
     )
-    for got, formula in zip(both(jnp.float32(rewards)), (centered, lambda own, group, others: own), strict=True):
-        row = by_row(rewards, formula)
-        expected = biased_white(np.repeat(row[:, None], 5, 1), counted)
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def openrlhf_advantages(rewards, data, estimator, *, kl=None, gamma=1.0, clip=(-10, 10), no_std_norm=False):
@@ -855,7 +864,7 @@ OPENRLHF_ESTIMATORS = {
 }
 
 
-def test_openrlhf_advantages(rewards, data):
+def test_openrlhf_advantages(data):
     def call(name, r):
         options = dict(OPENRLHF_ESTIMATORS[name])
         kl, clip = options.pop("kl", None), options.pop("clip", (-10, 10))
@@ -863,10 +872,13 @@ def test_openrlhf_advantages(rewards, data):
             options |= {"old_logps": data.dirty.old, "ref_logps": data.dirty.ref, "kl_estimator": kl}
         return openrlhf.advantages(name.strip(), r, GROUPS, data.mask, clip_range=clip, **options)
 
-    got = jax.jit(lambda r: {name: call(name, r) for name in OPENRLHF_ESTIMATORS})(jnp.float32(rewards))
-    for name, options in OPENRLHF_ESTIMATORS.items():
-        expected = openrlhf_advantages(rewards, data, name.strip(), **options)
-        np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
+    def formula(name, r):
+        return openrlhf_advantages(r, data, name.strip(), **OPENRLHF_ESTIMATORS[name])
+
+    same(
+        {name: functools.partial(call, name) for name in OPENRLHF_ESTIMATORS},
+        {name: functools.partial(formula, name) for name in OPENRLHF_ESTIMATORS},
+    )
 
 
 def test_whitening_of_nearly_nothing():

@@ -59,7 +59,7 @@ def absolute(logps: Float[Array, "N T"], ref_logps: Float[Array, "N T"]) -> Floa
 def unbiased(logps: Float[Array, "N T"], ref_logps: Float[Array, "N T"]) -> Float[Array, "N T"]:
     """k3's value with k2's gradient (straight-through): both unbiased for the reverse KL.
 
-    Source: verl's "k3+"; Tang & Munos 2025 (arXiv:2506.09477) on why value and gradient differ.
+    Source: what verl's "k3+" is meant to be; Tang & Munos 2025 (arXiv:2506.09477) on why value and gradient differ.
     """
     through = k2(logps, ref_logps)
     return jax.lax.stop_gradient(k3(logps, ref_logps) - through) + through

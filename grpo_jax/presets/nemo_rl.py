@@ -96,7 +96,7 @@ def loss(
         each = losses.ppo_clip(ratio, a, low=ratio_clip_min, high=ratio_clip_max, dual=ratio_clip_c)
     each = each * jnp.where(mask, importance_weights, 0)
     if ref_logps is not None:
-        draws = jax.lax.stop_gradient(logps) if generation_logps is None else generation_logps
+        draws = logps if generation_logps is None else generation_logps
         term = _kl(*(jnp.where(mask, x, 0) for x in (logps, ref_logps, draws)), reference_policy_kl_type)
         each = each + reference_policy_kl_penalty * term
     scheme = losses.token_mean if token_level_loss else losses.sequence_mean

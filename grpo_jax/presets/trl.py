@@ -1,10 +1,10 @@
 """TRL's GRPO, RLOO and GMPO trainers, compared with huggingface/trl f2cd5771 (2026-07-24, 26 commits after v1.9.0).
 
 Its log-ratios are not bounded; here they are, at 20 (10 for a sequence's mean), far outside every clip range. The mean
-over sequences counts all rows, those without a decision too (RLOO and GMPO add such a row's advantage there, a
-constant; 0 here). Where `max_completion_length`, or for "dapo", "cispo" and
-"vespo" `num_items_in_batch`, spans several micro-batches, give it and add the losses up. Left out: several rewards
-(`advantages.combine`; "normalize_then_sum" is `advantages.decoupled_over_rows`), the entropy bonus.
+over sequences counts all rows, those without a decision too (to which RLOO and GMPO give a constant loss there, and 0
+here). Where `max_completion_length`, or for "dapo", "cispo" and "vespo" `num_items_in_batch`, spans several
+micro-batches, give it and add the losses up. Left out: several rewards (`advantages.combine`; "normalize_then_sum" is
+`advantages.decoupled_over_rows`), the entropy bonus.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def loss(
     high, a = epsilon if epsilon_high is None else epsilon_high, spread(advantages, mask)
     sampled = jnp.where(mask, importance_sampling_ratio, 0)
     if loss_type == "cispo":
-        each = losses.reinforce(logps, a * jax.lax.stop_gradient(jnp.minimum(ratio, high))) * sampled
+        each = losses.reinforce(logps, a * jnp.minimum(ratio, high)) * sampled
     elif loss_type == "sapo":
         each = losses.sapo(ratio, a, tau_positive=sapo_temperature_pos, tau_negative=sapo_temperature_neg) * sampled
     elif loss_type == "vespo":
