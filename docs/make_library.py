@@ -15,6 +15,7 @@ from types import ModuleType
 
 from grpo_jax import advantages, losses, presets, segments
 
+SHAPED = r"""(?:Float|Int|Bool|UInt|Num)\[[^"']*["']([^"']*)["']\]"""
 NUMBER = r"arXiv:(\d{4}\.\d{4,5})"
 PAGE = Path(__file__).parent / "library.md"
 BEGIN, END = "<!-- tables: written by docs/make_library.py -->", "<!-- end of tables -->"
@@ -46,6 +47,12 @@ def summary(function: Callable) -> str:
     return re.split(r"(?<=[a-z\])0-9])(?<!Dr)(?<!\.)\. ", first)[0].removesuffix(".").removesuffix(":")
 
 
+def on_host(function: Callable) -> bool:
+    """Whether it is numpy or Python, and not for jit and vmap."""
+    file = inspect.getdoc(sys.modules[function.__module__]) or ""
+    return "Host only" in (inspect.getdoc(function) or "") + file or "run on the host" in file
+
+
 def source(function: Callable) -> str:
     """The papers that the docstring names, else those that the file's does."""
     own, file = inspect.getdoc(function) or "", inspect.getdoc(sys.modules[function.__module__]) or ""
@@ -61,8 +68,10 @@ def shapes(function: Callable) -> str:
     parts, keywords = [], []
     for p in signature.parameters.values():
         shown = f"{p.name} {_shape(p.annotation)}".strip()
+        if p.default not in (p.empty, None):
+            shown += f"={p.default if not isinstance(p.default, str) else repr(p.default)}"
         (keywords if p.kind is p.KEYWORD_ONLY else parts).append(shown)
-    out = _shape(signature.return_annotation)
+    out = _structure(signature.return_annotation)
     return "; ".join(filter(None, [", ".join(parts), ", ".join(keywords)])) + (f" -> {out}" if out else "")
 
 
@@ -73,8 +82,16 @@ def _shape(annotation: object) -> str:
     text = str(annotation)
     if text in ALIASES:
         return ALIASES[text]
-    found = re.findall(r"""(?:Float|Int|Bool|UInt|Num)\[[^"']*["']([^"']*)["']\]""", text)
+    found = re.findall(SHAPED, text)
     return ", ".join(dict.fromkeys(f"[{', '.join(f.split())}]" if f.strip() else "scalar" for f in found))
+
+
+def _structure(annotation: object) -> str:
+    """A result's shapes within its tuples and dicts."""
+    if str(annotation) in ALIASES:
+        return ALIASES[str(annotation)]
+    text = re.sub(SHAPED, lambda found: _shape(found[0]), str(annotation))
+    return re.sub(r"dict\[str, (.*)\]", r"{name: \1}", re.sub(r"tuple\[(.*)\]", r"(\1)", text))
 
 
 def tables() -> str:
@@ -83,7 +100,8 @@ def tables() -> str:
         lines += [f"## {title}: `grpo_jax.{prefix}`", ""]
         lines += ["| name | what it is | shapes | paper |", "| --- | --- | --- | --- |"]
         for name, function in public(module):
-            cells = (f"`{name}`", summary(function), f"`{shapes(function)}`", source(function))
+            host = " (host)" if on_host(function) else ""
+            cells = (f"`{name}`", summary(function) + host, f"`{shapes(function)}`", source(function))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)

@@ -365,7 +365,8 @@ class Experiment:
     def _announce(self, say: Callable[[str], None], resumed: bool, first: int) -> None:
         size = sum(x.size for x in jax.tree.leaves(self.model.params))
         say(f"{self.config.name}: {size:,} parameters, method {self.config.method.name}, in {self.directory}")
-        say(assemble.describe_layout(self.layout, self.config, self.model.mesh))
+        size = self.method.group_size
+        say(assemble.describe_layout(self.layout, self.config, self.model.mesh, group_size=size))
         if self.pool.too_long:
             say(f"{self.pool.too_long} of {self.pool.rows} prompts are longer than data.max_prompt and were left out")
         if resumed:

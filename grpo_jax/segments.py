@@ -1,7 +1,8 @@
 """Statistics over segments of rows: masked, ragged, `[N] -> [N]`.
 
 A segment is the set of rows with the same id. Ids lie in [0, N), so no segment count is passed; a row with id -1
-belongs to no segment, enters no statistic, and gets `outside`. Every function returns one value per row: the statistic
+belongs to no segment, enters no statistic, and gets `outside`; an id of N or more is a mistake, and gives NaN (`join`
+makes ids in range of any numbers). Every function returns one value per row: the statistic
 of the row's segment. `where` leaves rows out of the statistic; they still receive their segment's value. Statistics
 are float32; NaN in a row that is left out does no harm. `join` brings any ids, of one key or several, into [0, N).
 
@@ -97,10 +98,13 @@ def z_score(
     """(x - mean) / (std + epsilon), or (x - mean) / sqrt(variance + epsilon) with `inside_root`.
 
     Exactly 0 for a segment of one row or of equal values, for rows outside, and for rows left out by `where`.
+    Raises: ValueError for epsilon < 0.
     """
+    if isinstance(epsilon, (int, float)) and not epsilon >= 0:
+        raise ValueError(f"epsilon is added to a spread and is not negative, got {epsilon}")
     scale = std(values, ids, where, ddof=ddof)
     scale = jnp.hypot(scale, jnp.sqrt(epsilon)) if inside_root else scale + epsilon
-    spread = maximum(values, ids, where) > minimum(values, ids, where)
+    spread = ~(maximum(values, ids, where) <= minimum(values, ids, where))  # a NaN that counts stays to be seen
     return jnp.where(spread, centered(values, ids, where) / jnp.where(spread, scale, 1), 0)
 
 
@@ -182,7 +186,7 @@ def log_mean_exp(values: Values, ids: Ids, where: Where = None, *, outside: floa
 
 
 def join(*keys: Ids) -> Ids:
-    """One id for rows that agree in every key, in [0, N); -1 where any key is -1. Keys may be any int32 values."""
+    """One id for rows that agree in every key, in [0, N); -1 where any key is negative. Keys: any int32 values."""
     ids, alone = jnp.zeros_like(keys[0]), jnp.zeros(keys[0].shape, bool)
     n = ids.shape[0]
     for key in keys:
@@ -198,8 +202,9 @@ def across(axis_name: str | tuple[str, ...], function: Callable) -> Callable:
     """`function` for use inside `shard_map`, where rows are divided over mesh axes: it sees the rows of all devices.
 
     Arrays among the arguments are gathered along their first axis; of results with N rows each device gets its own
-    back, and a scalar, which all devices compute alike, comes back replicated, with the right gradient. Ids are global:
-    in [0, N) over all devices. The numbers are those of one device, bit for bit, since every device computes the whole.
+    back, and a scalar, which all devices compute alike, comes back replicated, with the right gradient (under
+    shard_map's default, check_vma=True). Close over arrays that have no rows, such as weights [K]. Ids are global: in
+    [0, N) over all devices. The numbers are those of one device, bit for bit: every device computes the whole.
 
         shard_map(across("data", group_z_score), mesh=mesh, in_specs=P("data"), out_specs=P("data"))(rewards, group_ids)
     """
@@ -254,12 +259,12 @@ def _from_minimum(values: Values, ids: Ids, inside: Bool[Array, "N"]) -> tuple[V
 def _share(values: Values, ids: Ids, inside: Bool[Array, "N"]) -> Values:
     """Sum per segment over its number of rows, per row."""
     size = _sum(jnp.ones(ids.shape, jnp.float32), ids, inside)
-    return (_sum(values, ids, inside) / jnp.maximum(size, 1))[_slot(ids)]
+    return _back(_sum(values, ids, inside) / jnp.maximum(size, 1), ids, 0.0)
 
 
 def _back(per_segment: Values, ids: Ids, outside: float) -> Values:
-    """Each row's segment's value."""
-    return jnp.where(ids < 0, outside, per_segment[_slot(ids)])
+    """Each row's segment's value; NaN for an id that is none, N or above."""
+    return jnp.where(ids < 0, outside, jnp.where(ids < len(ids), per_segment[_slot(ids)], jnp.nan))
 
 
 def _sorted(values: Values, ids: Ids, inside: Bool[Array, "N"]) -> tuple[Ids, Ids, Ids]:

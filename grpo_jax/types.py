@@ -109,9 +109,11 @@ class Rollout(_Replace):
     # The rest is for `plan`: host only, numpy.
 
     def score(self, channel: str | None = None) -> np.ndarray:
-        """Scores of one channel, or the weighted sum over all that apply. [N]; NaN only for a single channel."""
+        """Scores of one channel, or the weighted sum over all that apply. [N]; NaN where nothing applies."""
         if channel is None:
-            return np.nansum(np.asarray(self.scores) * np.asarray(self.channel_weights or 1.0), axis=1)
+            scores = np.asarray(self.scores)
+            total = np.nansum(scores * np.asarray(self.channel_weights or 1.0), axis=1)
+            return np.where(np.isnan(scores).all(axis=1), np.nan, total)
         if channel not in self.channels:
             raise KeyError(f"no reward channel {channel!r}; this rollout has {list(self.channels)}")
         return np.asarray(self.scores)[:, self.channels.index(channel)]

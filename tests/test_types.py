@@ -322,8 +322,8 @@ def test_score_adds_channels_by_weight_and_reads_one_by_name():
         channel_weights=(1.0, 0.5),
         scores=np.array([[1, 1], [nan, 2], [nan, nan]], np.float32),
     )
-    np.testing.assert_allclose(rows.score(), [1.5, 1.0, 0.0])
+    np.testing.assert_allclose(rows.score(), [1.5, 1.0, np.nan])
     np.testing.assert_allclose(rows.score("format"), [1, 2, nan])
-    np.testing.assert_allclose(rows.replace(channel_weights=()).score(), [2, 2, 0])
+    np.testing.assert_allclose(rows.replace(channel_weights=()).score(), [2, 2, np.nan])
     with pytest.raises(KeyError, match="no reward channel 'fromat'; this rollout has.*exact.*format"):
         rows.score("fromat")

@@ -18,7 +18,7 @@ Counts = Int[np.ndarray, "M"]
 def knapsack_value(counts: Counts, success_rates: Rates) -> Rates:
     """What `counts` completions of a prompt are worth: a chance of a mixed group times what such a group teaches.
 
-    v(N, p) = (1 - p^N - (1 - p)^N) p (1 - p)^2; 0 for p = 0 and p = 1. Concave in N.
+    v(N, p) = (1 - p^N - (1 - p)^N) p (1 - p)^2, N >= 1; 0 for p = 0 and p = 1. Concave in N.
 
     Source: arXiv:2509.25849.
     """
@@ -79,13 +79,15 @@ def mixed_group_cost(success_rates: Rates, *, confidence: float = 0.9) -> Rates:
     if not 0 < confidence < 1:
         raise ValueError(f"a confidence lies between 0 and 1, got {confidence}")
     p = np.asarray(success_rates, np.float64)
-    return math.log(1 - confidence) / np.log(np.maximum(p, 1 - p))
+    certain = (p <= 0) | (p >= 1)  # such a prompt never has a mixed group
+    likelier = np.where(certain, 0.5, np.maximum(p, 1 - p))
+    return np.where(certain, np.inf, math.log(1 - confidence) / np.log(likelier))
 
 
 def contrast_value(counts: Counts, success_rates: Rates) -> Rates:
     """The expected number of failures that share a group with a success: U(B, p) = B (1 - p) [1 - (1 - p)^(B - 1)].
 
-    0 for p = 0 and p = 1. Convex in B while B is small, then nearly linear with slope 1 - p.
+    B >= 1; 0 for p = 0 and p = 1. Convex in B while B is small, then nearly linear with slope 1 - p.
 
     Source: arXiv:2602.03584.
     """

@@ -31,14 +31,18 @@ def beta_normalized(
     """
     if not low < high:
         raise ValueError(f"beta_normalized needs the range of rewards with low < high, got {low} and {high}")
+    if not limit > 0:
+        raise ValueError(f"limit is the largest weight and must be above 0, got {limit}")
+    slack = 8 * float(jnp.finfo(jnp.result_type(float, rewards)).eps) * max(1, abs(low), abs(high)) / (high - low)
     rewards, group_ids = _compared(rewards, group_ids)
     group_ids = jnp.where(segments.count(group_ids) > 1, group_ids, -1)
-    scaled = (rewards - low) / (high - low)
+    given = (rewards - low) / (high - low)
+    scaled = jnp.clip(given, 0, 1)  # what is out by rounding only
     rates = segments.mean(scaled, group_ids)
     alpha, beta = beta_parameters(rates, segments.first(group_ids >= 0, group_ids))
     mixed = segments.maximum(scaled, group_ids) > segments.minimum(scaled, group_ids)
     weights = jnp.where(mixed, beta_weights(rates, alpha, beta, limit=limit), 0)
-    inside = jnp.all((group_ids < 0) | ((scaled >= 0) & (scaled <= 1)))
+    inside = jnp.all((group_ids < 0) | ((given >= -slack) & (given <= 1 + slack)))
     return jnp.where(group_ids < 0, 0, jnp.where(inside, weights * (scaled - rates), jnp.nan))
 
 

@@ -16,6 +16,7 @@ from grpo_jax.advantages.group import group_z_score
 from grpo_jax.advantages.shaping import per_decision
 from grpo_jax.advantages.whitening import whiten_rows, whiten_tokens
 
+ROUNDING = 1e-6  # of the terms that are added
 Weights = Float[Array, "K"] | Sequence[float]
 
 
@@ -37,7 +38,9 @@ def decoupled(
     """
     rewards, group_ids, weights = _checked(rewards, group_ids, weights)
     score = jax.vmap(lambda r: group_z_score(r, group_ids, ddof=ddof, epsilon=epsilon), in_axes=1, out_axes=1)
-    return jnp.sum(score(rewards) * weights, axis=1)
+    terms = score(rewards) * weights
+    total, size = terms.sum(axis=1), jnp.abs(terms).sum(axis=1)
+    return jnp.where(jnp.abs(total) > ROUNDING * size, total, 0)  # channels that cancel leave no rounding behind
 
 
 def decoupled_over_rows(

@@ -6,7 +6,9 @@ statistic. Both get advantage 0, as does a group of one or of equal rewards (`ke
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from grpo_jax import segments
@@ -85,6 +87,12 @@ def _compared(rewards: Array, group_ids: Array) -> tuple[Float[Array, "N"], Int[
         raise ValueError(
             "a group is compared by one reward and one id per row, got rewards "
             f"{list(rewards.shape)} and group_ids {list(group_ids.shape)}; `combine` sums channels [N, K] to [N]"
+        )
+    highest = -1 if isinstance(group_ids, jax.core.Tracer) else np.asarray(group_ids).max(initial=-1)
+    if highest >= group_ids.size:
+        raise ValueError(
+            f"group ids lie in [0, N), here N = {group_ids.size} (-1: compared with nobody), got {highest}; "
+            "segments.join makes such ids of any numbers"
         )
     absent = jnp.isnan(rewards)
     return jnp.where(absent, 0, rewards), jnp.where(absent, -1, group_ids)

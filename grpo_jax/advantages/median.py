@@ -25,6 +25,8 @@ def median_centered(
     """
     if scale not in SCALES:
         raise ValueError(f"the scale around the median is one of {SCALES}, got {scale!r}")
+    if isinstance(epsilon, (int, float)) and not epsilon >= 0:
+        raise ValueError(f"epsilon is added to a spread and is not negative, got {epsilon}")
     rewards, group_ids = _compared(rewards, group_ids)
     inside = group_ids >= 0
     centered = jnp.where(inside, rewards - segments.lower_median(rewards, group_ids), 0)

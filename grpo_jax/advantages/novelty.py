@@ -34,7 +34,7 @@ def novelty_sharpened(
     )
     if advantages.ndim != 1 or len({array.shape for array in arrays}) > 1:
         raise ValueError(f"needs four arrays of one value per row, got {[list(array.shape) for array in arrays]}")
-    known = ~jnp.isnan(mean_logps) & (group_ids >= 0)
+    known = jnp.isfinite(mean_logps) & (group_ids >= 0)
     logps = mean_logps.astype(jnp.float32)
     advantages = jnp.where(group_ids < 0, 0, advantages).astype(jnp.float32)
     novelty = 1 - jnp.exp(jnp.where(known, logps - segments.mean(logps, group_ids, known), 0))

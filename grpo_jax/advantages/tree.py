@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax import segments
 from grpo_jax.advantages.group import _compared
 
-SMALLEST_STD = 1e-8
+SMALLEST_STD = 1e-6  # of the largest reward in the group: below it a difference is rounding
 
 
 def prefix_gains(
@@ -26,6 +26,7 @@ def prefix_gains(
     result. Raises: ValueError for other shapes.
     """
     rewards, group_ids = _compared(rewards, group_ids)
+    rewards = segments.centered(rewards, group_ids)  # values are differences; these round less
     tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
     if tokens.ndim != 2 or tokens.shape[:1] != rewards.shape or lengths.shape != rewards.shape:
         raise ValueError(
@@ -51,7 +52,8 @@ def prefix_tree(
     """Advantage of each token: GRPO's, plus what the token changed in the value of the prefix.
 
     A_t = (r - mean_g + delta_t) / std_g, std over n - 1, delta from `prefix_gains`; 0 beyond a completion's length, and
-    for a group of one, of equal rewards or with std < 1e-8. Without branches it is GRPO's advantage on every token.
+    for a group of one, of equal rewards, or whose std is below 1e-6 of its largest |r|. Without branches it is GRPO's
+    advantage on every token.
 
     The value of a prefix counts the completion itself, so a unique branch is worth its own reward: there is no
     leave-one-out. Source: arXiv:2509.18314; the paper's std and end-of-sequence details are not known, these are ours.
@@ -59,6 +61,7 @@ def prefix_tree(
     gains = prefix_gains(rewards, group_ids, tokens, lengths)
     rewards, group_ids = _compared(rewards, group_ids)
     std = segments.std(rewards, group_ids, ddof=1)[:, None]
-    base = (rewards - segments.mean(rewards, group_ids))[:, None]
-    live = (jnp.arange(gains.shape[1]) < jnp.asarray(lengths)[:, None]) & (std >= SMALLEST_STD)
+    base = segments.centered(rewards, group_ids)[:, None]
+    differ = std > SMALLEST_STD * segments.maximum(jnp.abs(rewards), group_ids)[:, None]
+    live = (jnp.arange(gains.shape[1]) < jnp.asarray(lengths)[:, None]) & differ
     return jnp.where(live & (group_ids >= 0)[:, None], (base + gains) / jnp.where(live, std, 1), 0)

@@ -99,19 +99,20 @@ def value_sampled(
     power: float = 0.5,
     smallest: float = 0.0,
     highest: float | None = 1.0,
+    threshold: float = 1e-8,
     epsilon: float = 1e-6,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """VSPO: (advantages, counts), the advantages damped where their group stands in the batch more than once.
 
     A_i = z_i max(smallest, c_i^-power), z the group's z-score (`group_z_score`) and c `value_counts`, which multiply
     the rows' weights. power 0: no damping; 1: all copies of a group together weigh as much as it alone. The form of
-    the damping is reconstructed.
+    the damping is reconstructed; the paper also clips the products (`jnp.clip`).
 
     Raises: ValueError for power or smallest outside [0, 1].
     Source: arXiv:2512.07478.
     """
     if not (0 <= power <= 1 and 0 <= smallest <= 1):
         raise ValueError(f"power and smallest lie in [0, 1], got power {power}, smallest {smallest}")
-    counts = value_counts(rewards, group_ids, uniforms, highest=highest)
+    counts = value_counts(rewards, group_ids, uniforms, highest=highest, threshold=threshold)
     damping = jnp.maximum(smallest, jnp.maximum(counts, 1) ** -power)
     return group_z_score(rewards, group_ids, epsilon=epsilon) * damping, counts

@@ -32,15 +32,16 @@ def with_virtual_best(
     """
     if n_v < 0:
         raise ValueError(f"n_v is a number of imagined completions, 0 or more, got {n_v}")
+    best = jnp.asarray(r_max, jnp.result_type(float, rewards)).astype(jnp.float32)  # as the rewards are rounded
     rewards, group_ids = _compared(rewards, group_ids)
     n, mean = segments.count(group_ids), segments.mean(rewards, group_ids)
     size = jnp.maximum(n + n_v, 1)
-    # Both around the mean of the real ones, which is exact for equal rewards: then r_max alone decides, 0 included.
-    lift = (r_max - mean) * n_v / size
-    squares = n * segments.variance(rewards, group_ids) + n * lift**2 + n_v * (r_max - mean - lift) ** 2
+    # Both around the mean of the real ones, which is exact for equal rewards: then best alone decides, 0 included.
+    lift = (best - mean) * n_v / size
+    squares = n * segments.variance(rewards, group_ids) + n * lift**2 + n_v * (best - mean - lift) ** 2
     centered = rewards - mean - lift
     variance = squares / jnp.maximum(n + n_v - 1, 1)
-    spread = (n > 1) & (variance > (ROUNDING * r_max) ** 2)
+    spread = (n > 1) & (variance > (ROUNDING * best) ** 2)
     sigma = jnp.sqrt(jnp.where(spread, variance, 1))
     return jnp.where(spread, centered / (sigma + epsilon), 0)
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax import segments
+from grpo_jax.losses.elementwise import aligned
 
 Axis = str | tuple[str, ...] | None
 
@@ -88,7 +89,8 @@ def unit_mean(
 
 def weighted_sum(losses: Float[Array, "N T"], weights: Float[Array, "N T"]) -> Float[Array, ""]:
     """sum_it w_it l_it over w_it > 0. What has no weight, NaN included, reaches neither value nor gradient."""
-    return jnp.sum(jnp.where(weights > 0, weights * jnp.asarray(losses).astype(jnp.float32), 0))
+    losses, weights = aligned(losses=losses, weights=weights)
+    return jnp.sum(jnp.where(weights > 0, weights * losses, 0))
 
 
 def without_truncated(mask: Bool[Array, "N T"], finished: Bool[Array, "N"]) -> Bool[Array, "N T"]:

@@ -137,11 +137,13 @@ def forward_divergence(
     *,
     estimator: str = "kl",
     weights: Float[Array, "N"] | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, ""]:
     """KL(old || new) per decision, from decisions that the old policy drew; a mean over all of them.
 
     "kl": mean of -d, of either sign. "low_var_kl": mean of exp(d) - 1 - d, not negative. d = logps - old_logps (in the
-    latter clamped to +-20). Value and gradient of both are unbiased. 0 if nothing counts.
+    latter clamped to +-20). Value and gradient of both are unbiased. 0 if nothing counts. axis_name: over the rows of
+    all devices of that axis, inside shard_map.
 
     Raises: ValueError for another estimator. Source: arXiv:2505.12366 and its released code.
     """
@@ -153,7 +155,9 @@ def forward_divergence(
     mask = mask & (weights > 0)[:, None]
     gain = jnp.where(mask, logps - jax.lax.stop_gradient(old_logps), 0)
     bounded = jnp.clip(gain, -20, 20)
-    return weighted_sum(-gain if estimator == "kl" else jnp.expm1(bounded) - bounded, token_mean(weights, mask))
+    each = -gain if estimator == "kl" else jnp.expm1(bounded) - bounded
+    here = weighted_sum(each, token_mean(weights, mask, axis_name=axis_name))
+    return here if axis_name is None else jax.lax.psum(here, axis_name)
 
 
 def kl_constraint(
@@ -168,6 +172,7 @@ def kl_constraint(
     """
     if form not in CONSTRAINTS:
         raise ValueError(f"the constraint's form is one of {CONSTRAINTS}, got {form!r}")
+    divergence = jnp.asarray(divergence).astype(jnp.float32)
     excess = jnp.maximum(divergence - budget, 0)
     return penalty * excess**2 if form == "squared" else jax.lax.stop_gradient(penalty * excess) * divergence
 

@@ -34,15 +34,19 @@ def flow_transition(
     mean = x (1 + s^2 dt / 2t) + v (1 + s^2 (1 - t) / 2t) dt, std = s sqrt(-dt), dt = next_times - times < 0.
 
     times: noise levels in (0, 1], 1 is pure noise. noise s: eta sqrt(t / (1 - t)) in Flow-GRPO, a constant in
-    DanceGRPO; 0 is the Euler step. Source: Flow-GRPO, arXiv:2505.05470; DanceGRPO, arXiv:2505.07818.
+    DanceGRPO; 0 is the Euler step. Where one of the three is not finite, or times is not above 0,
+    both results are NaN, without harm to the gradient where aggregation leaves the step out.
+    Source: Flow-GRPO, arXiv:2505.05470; DanceGRPO, arXiv:2505.07818.
     """
     x, v = _latents(states=states, velocities=velocities)
     named = {"times": times, "next_times": next_times, "noise": noise}
     t, after, s = (_per_step(name, value, x) for name, value in named.items())
+    there = jnp.isfinite(t) & jnp.isfinite(after) & jnp.isfinite(s) & (t > 0)
+    t, after, s = jnp.where(there, t, 1), jnp.where(there, after, 1), jnp.where(there, s, 0)
     dt, half = after - t, s**2 / (2 * t)
     wide = lambda value: value.reshape(*value.shape, *[1] * (x.ndim - 2))  # noqa: E731
     mean = x * wide(1 + half * dt) + v * wide((1 + half * (1 - t)) * dt)
-    return mean, s * jnp.sqrt(jnp.maximum(-dt, 0))
+    return jnp.where(wide(there), mean, jnp.nan), jnp.where(there, s * jnp.sqrt(jnp.maximum(-dt, 0)), jnp.nan)
 
 
 def gaussian_logp(

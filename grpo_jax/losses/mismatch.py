@@ -120,7 +120,7 @@ def rejection_mask(
         statistic = {
             "sequence_sum": lambda: statistic.sum(-1, keepdims=True),
             "sequence_mean": lambda: statistic.sum(-1, keepdims=True) / size,
-            "sequence_max": lambda: jnp.where(mask, statistic, -jnp.inf).max(-1, keepdims=True),
+            "sequence_max": lambda: jnp.where(mask, statistic, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf),
         }[over]()
     if estimator == "k1":
         return mask & (statistic >= jnp.log(low)) & (statistic <= jnp.log(high))
@@ -213,6 +213,6 @@ def _check_rejection(estimator: str, over: str, low: float | None, high: float) 
             raise ValueError(f"{estimator} is never negative and has no lower bound; leave out low, got {low}")
         return None
     low = 1 / high if low is None else low
-    if not 0 < low <= high:
+    if all(isinstance(x, (int, float)) for x in (low, high)) and not 0 < low <= high:
         raise ValueError(f"for k1, low and high bound a ratio and need 0 < low <= high, got {low} and {high}")
     return low

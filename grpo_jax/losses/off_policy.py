@@ -54,6 +54,8 @@ def shaped_ratio(
     if isinstance(quantile, (int, float)) and not 0 <= quantile <= 1:
         raise ValueError(f"quantile says which ratio of the row gamma is and lies in [0, 1], got {quantile}")
     ratio, _ = aligned(ratio=ratio, mask=mask)
+    if not ratio.shape[1]:
+        return ratio
     now = jnp.where(jnp.asarray(mask).astype(bool), jax.lax.stop_gradient(ratio), jnp.nan)
     gamma = jnp.nanquantile(now, quantile, axis=1, keepdims=True)
     gamma = jnp.broadcast_to(jnp.maximum(jnp.where(jnp.isfinite(gamma), gamma, 0), floor), ratio.shape)
@@ -122,15 +124,18 @@ def explanation_likelihood(
     *,
     weights: Float[Array, "N"] | None = None,
     per_token: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, ""]:
     """ExPO's auxiliary term, to be added to the loss with a coefficient: the negative log-likelihood of explanations.
 
     -mean_i sum_t m_it logps_it over rows that have a decision, or the mean of their token means with per_token.
 
     logps: of the explanation and the answer after it, under the bare question. The coefficient (0.04 in the paper)
-    goes with the sum. weights: a row of weight c counts c times.
+    goes with the sum. weights: a row of weight c counts c times. axis_name: over the rows of all devices of that axis,
+    inside shard_map.
     Source: arXiv:2507.02834; whether the paper's is the sum is reconstructed.
     """
     logps, _ = aligned(logps=logps, mask=mask)
     weights = jnp.ones(logps.shape[0]) if weights is None else weights
-    return weighted_sum(-logps, (sequence_mean if per_token else sequence_sum)(weights, mask))
+    here = weighted_sum(-logps, (sequence_mean if per_token else sequence_sum)(weights, mask, axis_name=axis_name))
+    return here if axis_name is None else jax.lax.psum(here, axis_name)

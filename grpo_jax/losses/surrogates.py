@@ -1,7 +1,8 @@
 """Surrogate objectives, as losses per decision: ratio (or log-prob) and advantage in, something to minimise out.
 
 Advantages are constants here: no gradient flows into them. A NaN stays NaN, without harm to the gradient where
-aggregation leaves it out. Published losses that are a ratio, a surrogate and an aggregation put together:
+aggregation leaves it out, and so does an infinite ratio or log-prob. Published losses that are a ratio, a surrogate and
+an aggregation put together:
 
     GSPO         ppo_clip(sequence_ratio(...), A, low=3e-4, high=4e-4) under sequence_mean
     GSPO-token   the same with an advantage of its own for each decision
@@ -136,7 +137,8 @@ def gmpo(
     l_i = -A_i exp(mean_t d'_t) over the masked-in decisions, d'_t = d_t = logps_t - old_logps_t clipped, on the side
     where it would gain, to [-low, high]: min(d_t, high) for A > 0, max(d_t, -low) for A < 0. 0 where masked out.
 
-    low, high: in log space, 0.4 is a factor of e^0.4. A_i: the row's mean advantage, the same on all its decisions.
+    low, high: in log space, 0.4 is a factor of e^0.4. advantages: the same on all decisions of a row (else A_i is their
+    mean, and each decision is clipped by its own).
     Every entry has the whole row's gradient. Raises: ValueError for low or high < 0.
     Source: Zhao et al. 2025 (arXiv:2507.20673).
     """

@@ -7,7 +7,7 @@ import numpy as np
 
 from grpo_jax.advantages.pairing import NORMS, pair_advantages, pair_z_score, success_bands
 from grpo_jax.advantages.shaping import per_decision
-from grpo_jax.methods.grpo import grpo, sequence_mean, total_reward
+from grpo_jax.methods.grpo import at_least, grpo, judged, mixed, sequence_mean, total_reward
 from grpo_jax.types import Method, Request, State
 
 
@@ -42,6 +42,8 @@ def bidirectional_pairing(
         raise ValueError(f"bidirectional_pairing's norm is one of {(*NORMS, 'role')}, got {norm!r}")
     success_bands(np.zeros(1), group_size=group_size, width=width)  # complains at once
 
+    at_least(1, max_rounds=max_rounds, candidates=candidates, probe=probe)
+
     def select(state, pool, n, key):
         return [pool[i] for i in state.host["pair"]] if state.host["pair"] else pool.take(n)
 
@@ -53,7 +55,7 @@ def bidirectional_pairing(
                 asked = draw(state._replace(host={"pair": None}), candidates)
                 rows = yield [Request(p, count=probe) for p in asked]
                 rows = yield rows
-                rates = np.array([rows.of(p).score().mean() for p in asked])
+                rates = np.array([judged(rows.of(p)).mean() if len(judged(rows.of(p))) else 0.0 for p in asked])
                 for place, band in enumerate(success_bands(rates, group_size=group_size, width=width)):
                     found[place] = found[place] or next((p for p, inside in zip(asked, band) if inside), None)
                 if all(found):
@@ -67,7 +69,7 @@ def bidirectional_pairing(
         rows = yield rows
         group = np.arange(len(rows)) // group_size
         rows = rows.with_columns(hard_prompt=group < copies, pair_copy=group % copies)
-        return host, [rows] if any(np.ptp(g.score()) > 0 for g in rows.groups()) else []
+        return host, [rows] if any(map(mixed, rows.groups())) else []
 
     def advantage(batch, arrays, key):
         outcomes = total_reward(batch)

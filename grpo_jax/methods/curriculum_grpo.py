@@ -7,7 +7,16 @@ import numpy as np
 
 from grpo_jax import advantages, segments
 from grpo_jax.advantages.lengths import band_length, budget_at, exponential_budgets, triangular_length
-from grpo_jax.methods.grpo import RATIOS, clipped, grpo, importance_ratio, reworded, sequence_mean, total_reward
+from grpo_jax.methods.grpo import (
+    RATIOS,
+    at_least,
+    clipped,
+    grpo,
+    importance_ratio,
+    reworded,
+    sequence_mean,
+    total_reward,
+)
 from grpo_jax.types import Method, Request
 
 SHAPES = {"triangle": triangular_length, "band": band_length}
@@ -47,6 +56,8 @@ def curriculum_grpo(
             f"curriculum_grpo's shape is one of {tuple(SHAPES)} and its ratio one of {RATIOS}, "
             f"got {shape!r} and {ratio!r}"
         )
+    at_least(1, **{f"budgets[{k}]": budget for k, budget in enumerate(budgets or ())})
+    at_least(0, length_weight=length_weight)
     course = tuple(budgets) if budgets else exponential_budgets(first=first, factor=factor)
 
     def plan(state, draw, key):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 
 from grpo_jax import advantages
-from grpo_jax.methods.grpo import grpo
+from grpo_jax.methods.grpo import at_least, grpo, mixed
 from grpo_jax.types import Method, Request, concat
 
 
@@ -30,6 +29,7 @@ def dapo(
     Raises: ValueError for a buffer that is longer than the budget.
     Source: Yu et al. 2025 (arXiv:2503.14476), eq. 8, 11 and 13.
     """
+    at_least(1, max_rounds=max_rounds)
     if not 0 <= buffer <= max_new:
         raise ValueError(f"dapo punishes the last `buffer` tokens of max_new {max_new}, got buffer {buffer}")
 
@@ -38,7 +38,7 @@ def dapo(
         for _ in range(max_rounds):
             rows = yield [Request(p, count=group_size) for p in draw(state, prompts)]
             rows = yield rows
-            kept += [g for g in rows.groups() if np.ptp(g.score()) > 0]
+            kept += [g for g in rows.groups() if mixed(g)]
             if len(kept) >= prompts:
                 break
         return state.host, [concat(*kept[:prompts])] if kept else []

@@ -14,7 +14,7 @@ from grpo_jax.losses.discriminative import (
     mean_ratio,
 )
 from grpo_jax.losses.ratios import token_ratio
-from grpo_jax.methods.grpo import grpo, token_mean, total_reward
+from grpo_jax.methods.grpo import at_least, grpo, token_mean, total_reward
 from grpo_jax.types import Batch, Decisions, Method
 
 SCORES = {"logL": 10.0, "Lratio": 1.0}  # and the temperature that goes with each
@@ -42,6 +42,7 @@ def disco(
     if score not in SCORES:
         raise ValueError(f"disco's score is one of {tuple(SCORES)}, got {score!r}")
     tau = SCORES[score] if tau is None else tau
+    at_least(0, penalty=penalty)
     _check(tau, divergence)
 
     def objective(new, batch, arrays):

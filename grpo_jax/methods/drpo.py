@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grpo_jax.losses.discriminative import discriminative_loss, mean_logp, preference_weights
 from grpo_jax.methods.disco import constrained, disco
-from grpo_jax.methods.grpo import total_reward
+from grpo_jax.methods.grpo import at_least, total_reward
 from grpo_jax.types import Method
 
 
@@ -29,6 +29,8 @@ def drpo(
     """
     if not lam > 0:
         raise ValueError(f"drpo's lam is the strength of the preference and must be above 0 (inf: none), got {lam}")
+
+    at_least(0, penalty=penalty)
 
     def objective(new, batch, arrays):
         rewards, groups, weights = total_reward(batch), batch.group_ids, batch.weights

@@ -50,7 +50,7 @@ def fgrpo(
 
     def objective(new, batch, arrays):
         loss, reported = plain.objective(new, batch, arrays)
-        duals = {f"dual_{name}": jnp.broadcast_to(x, new.logps.shape) for name, x in zip(targets, arrays["duals"])}
+        duals = {f"next_dual_{name}": jnp.broadcast_to(x, new.logps.shape) for name, x in zip(targets, arrays["duals"])}
         return loss, {**reported, **duals}
 
     def init(pool):

@@ -26,7 +26,7 @@ def format_length(
     formed, thinking: names of reward channels of 1 or 0: an answer can be read; its thinking is marked as such (None:
     prompts do not ask for that). It can be won by any text of that length that ends in some answer: it helps a policy
     that can solve its tasks already.
-    Source: arXiv:2505.19439; group statistics, token mean and k3 as in its code.
+    Source: arXiv:2505.19439; group statistics, token mean and k3 as in its code, whose entropy bonus is left out.
     """
 
     def reward(batch, arrays, key):

@@ -29,12 +29,17 @@ def gdpo(
     whitening: "rows", mean and standard deviation over the batch's completions (`decoupled_over_rows`, as published
     for TRL), or "decisions", over all of its tokens (`decoupled_over_decisions`, as published for verl).
     conditions: {easy: [hard, t]}, channel `easy` counts 0 where channel `hard` is below t (`gate`; reconstructed).
+    With one channel it is GRPO brought to the batch's scale, where the published code falls back to GRPO itself.
     Raises: ValueError for another whitening, and with the batch for a condition on no channel.
     Source: arXiv:2601.05242.
     """
     if whitening not in WHITENING:
         raise ValueError(f"gdpo's whitening is one of {WHITENING}, got {whitening!r}")
     conditions = dict(conditions or {})
+    if malformed := [k for k, pair in conditions.items() if isinstance(pair, str) or len(pair) != 2]:
+        raise ValueError(
+            f"a condition is {{easy: [hard, threshold]}}, got {malformed[0]}: {conditions[malformed[0]]!r}"
+        )
 
     def reward(batch, arrays, key):
         scores = dict(zip(batch.channels, batch.scores.T))

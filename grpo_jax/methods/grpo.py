@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from jaxtyping import Array, Float
 
 from grpo_jax import advantages, losses
-from grpo_jax.types import Batch, Decisions, Message, Method, Request, Role, State
+from grpo_jax.types import Batch, Decisions, Message, Method, Request, Role, Rollout, State
 
 RATIOS = ("token", "sequence")  # see `importance_ratio`
 
@@ -71,6 +72,25 @@ def importance_ratio(over: str, new: Decisions, batch: Batch) -> Float[Array, "N
     if over == "token":
         return losses.token_ratio(new.logps, batch.old.logps)
     return losses.sequence_product(new.logps, batch.old.logps, batch.completion_mask)
+
+
+def at_least(smallest: float, **options: float) -> None:
+    """Raises: ValueError for the first option that is smaller."""
+    for name, value in options.items():
+        if not value >= smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}")
+
+
+def judged(rows: Rollout) -> np.ndarray:
+    """The scores of those rows that have one, for `plan`."""
+    scores = rows.score()
+    return scores[~np.isnan(scores)]
+
+
+def mixed(group: Rollout) -> bool:
+    """Whether the group's scores differ, for `plan`."""
+    scores = judged(group)
+    return len(scores) > 0 and bool(np.ptp(scores) > 0)
 
 
 def total_reward(batch: Batch) -> Float[Array, "N"]:

@@ -16,7 +16,8 @@ def grpo_lambda(*, prompts: int, group_size: int, fraction: float = 0.2, alpha: 
 
     The first reward channel says 1 for right and 0 for wrong; a truncated completion is wrong. Further channels stay.
 
-    fraction: the paper's lambda (a share of groups, not an accuracy); 0 is plain GRPO, 1 pays for brevity everywhere.
+    fraction: the paper's lambda (a share of groups, not an accuracy); 0 is plain GRPO with truncated ones wrong, 1 pays
+    for brevity everywhere.
     alpha: 0.6 is a third party's value; the paper's is not known, and the order of ties is reconstructed.
     Source: arXiv:2505.18086. Eligibility traces of the same name (arXiv:2510.00194) are another method.
     """

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from grpo_jax import losses
 from grpo_jax.losses.off_policy import shaped_ratio
-from grpo_jax.methods.grpo import grpo, reworded, sequence_mean
+from grpo_jax.methods.grpo import at_least, grpo, judged, reworded, sequence_mean
 from grpo_jax.types import Method, Request, State, concat
 
 
@@ -33,6 +33,8 @@ def guide_grpo(
     Source: arXiv:2506.13923, section 3.
     """
 
+    at_least(1, max_rounds=max_rounds)
+
     def hinted(prompt):
         if prompt.columns.get(hint_column) is None:
             raise ValueError(
@@ -42,7 +44,7 @@ def guide_grpo(
         return reworded(prompt.text, lambda text: hint.format(prompt=text, hint=prompt.columns[hint_column]))
 
     def kept(rows):
-        return [g for g in rows.groups() if solvable <= g.score().mean() <= 1 - solvable]
+        return [g for g in rows.groups() if len(judged(g)) and solvable <= judged(g).mean() <= 1 - solvable]
 
     def plan(state, draw, key):
         groups = list(state.host["surplus"])
@@ -53,7 +55,8 @@ def guide_grpo(
             rows = yield [Request(p, count=group_size) for p in asked]
             rows = yield rows
             groups += kept(rows)
-            dead = {int(g.prompt_ids[0]) for g in rows.groups() if g.score().mean() <= solvable}
+            lost = [g for g in rows.groups() if len(judged(g)) and judged(g).mean() <= solvable]
+            dead = {int(g.prompt_ids[0]) for g in lost}
             again = [p for p in asked if p.id in dead]
             if again:
                 rows = yield [Request(p, count=group_size, context=hinted(p), train_context=p.text) for p in again]

@@ -10,7 +10,7 @@ from grpo_jax.advantages.allocation import knapsack_allocation
 from grpo_jax.advantages.group import group_z_score
 from grpo_jax.advantages.shaping import per_decision
 from grpo_jax.advantages.success import SuccessWindow, success_rates, success_window
-from grpo_jax.methods.grpo import grpo, total_reward
+from grpo_jax.methods.grpo import at_least, grpo, total_reward
 from grpo_jax.types import Method, Request, State
 
 
@@ -39,6 +39,9 @@ def knapsack_rl(
     Raises: ValueError as `knapsack_allocation` and `success_window`.
     Source: arXiv:2509.25849, and its code.
     """
+    at_least(1, fewest=fewest)
+    if not clamp > 0:
+        raise ValueError(f"knapsack_rl cuts advantages at +-clamp, which must be above 0, got {clamp}")
     start, update = success_window(window=window)
     budget = {"budget": group_size, "smallest": smallest, "largest": largest, "fallback": fallback}
     knapsack_allocation(np.zeros(prompts), **budget)  # its options are checked before anything is drawn
@@ -50,7 +53,7 @@ def knapsack_rl(
         counts = knapsack_allocation(rates, **budget)
         rows = yield [Request(p, count=int(n)) for p, n in zip(asked, counts)]
         rows = yield rows
-        scored = np.where(np.isnan(rows.scores).all(axis=1), np.nan, rows.score() > 0)
+        scored = np.where(np.isnan(rows.score()), np.nan, rows.score() > 0)
         known = update(known, scored, rows.prompt_ids)
         return {name: np.asarray(x) for name, x in known._asdict().items()}, [rows]
 

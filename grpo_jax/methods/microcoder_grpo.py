@@ -40,6 +40,11 @@ def microcoder_grpo(
     if ratio not in RATIOS:
         raise ValueError(f"microcoder_grpo's ratio is one of {RATIOS}, got {ratio!r}")
 
+    if not 0 <= diversity <= 1 or min(temperatures or [1]) <= 0:
+        raise ValueError(
+            f"microcoder_grpo tries temperatures above 0 for a diversity in [0, 1], got {temperatures} and {diversity}"
+        )
+
     def plan(state, draw, key):
         asked, kept = draw(state, prompts), state.host["temperature"]
         for candidate in sorted(temperatures or ()) if kept is None else ():

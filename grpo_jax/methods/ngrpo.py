@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grpo_jax.advantages.shaping import per_decision
 from grpo_jax.advantages.virtual import with_virtual_best
-from grpo_jax.methods.grpo import grpo, total_reward
+from grpo_jax.methods.grpo import at_least, grpo, judged, total_reward
 from grpo_jax.types import Method, Request, State, concat
 
 
@@ -29,6 +29,7 @@ def ngrpo(
     r_max: the highest total reward there is.
     Source: arXiv:2509.18851.
     """
+    at_least(1, max_rounds=max_rounds)
     best = r_max - 1e-6 * abs(r_max)
 
     def plan(state, draw, key):
@@ -38,7 +39,7 @@ def ngrpo(
                 break
             rows = yield [Request(p, count=group_size) for p in draw(state, prompts)]
             rows = yield rows
-            kept += [g for g in rows.groups() if g.score().min() < best]
+            kept += [g for g in rows.groups() if (judged(g) < best).any()]
         return {"surplus": kept[prompts:]}, [concat(*kept[:prompts])] if kept else []
 
     def advantage(batch, arrays, key):

@@ -58,9 +58,10 @@ def rank_grpo(
             ends = batch.finished[:, None] & (jnp.arange(lines.shape[1]) == batch.lengths[:, None] - 1)
             values, over = with_length_terms(values, lines, ends, ranks=ranks, size=length_bonus), ranks
         units = jnp.where(lines < ranks, lines, over)
+        changes = jnp.diff(units, axis=1, prepend=units[:, :1]) != 0  # numbered anew: below T, whatever was skipped
         return batch.replace(
             advantages=jnp.where(batch.completion_mask, values, 0),
-            unit_ids=jnp.minimum(units, lines.shape[1] - 1),
+            unit_ids=jnp.where(units < 0, -1, jnp.cumsum(changes, axis=1)),
         ), arrays
 
     def objective(new, batch, arrays):

@@ -21,7 +21,8 @@ def resume_reward(
     epsilon: float = 1e-4,
     **options,
 ) -> Method:
-    """r = sum_k w_k s_k / sum_k w_k over the named parts, which are reward channels; further channels stay as they are.
+    """r = sum_k w_k s_k / sum_k w_k over the named parts, which are reward channels (leave their configured weights
+    at 1, which would multiply on top); further channels stay as they are.
 
     What is the paper's own is the reward: the parts, for which `configs/tasks/resumes.py` has its mild table of
     penalties and its harsher one, and these weights. The paper's group_size is 2, where only the order of the two

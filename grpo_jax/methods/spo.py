@@ -8,9 +8,10 @@ import numpy as np
 
 from grpo_jax import advantages, losses
 from grpo_jax.advantages import tracker as tracking
-from grpo_jax.methods.grpo import grpo, total_reward
+from grpo_jax.methods.grpo import at_least, grpo, total_reward
 from grpo_jax.types import Method, Prompt, Request, State
 
+ROUNDING = 1e-6  # a sum of channels that should be 1 may miss it by this much
 FORGETTING, WHITENING = ("adaptive", "constant"), ("sequence", "token")
 
 
@@ -32,7 +33,8 @@ def spo(
 ) -> Method:
     """A = r - v(prompt), whitened over the batch; prompts drawn where v is near 1/2. Rewards lie in [0, 1].
 
-    There are no groups: prompts * group_size prompts are drawn, as many completions as GRPO would have.
+    There are no groups: prompts * group_size prompts are drawn, as many completions as GRPO would have, out of the
+    whole pool (the published run offers 14000 candidates a step).
     Step 0 starts the tracker with `offline` completions of every prompt (0: with nothing). Each later step takes in the
     rewards of the one before: rho (alpha, beta) + (r, 1 - r).
     rho: "adaptive", 2^(-drift / half_life) within [rho_min, rho_max], the drift being that of the completion of the
@@ -45,6 +47,9 @@ def spo(
     for name, value, known in (("rho", rho, FORGETTING), ("whiten_weight", whiten_weight, WHITENING)):
         if value not in known:
             raise ValueError(f"spo's {name} is one of {known}, got {value!r}")
+    at_least(0, offline=offline, explore=explore, gamma=gamma)
+    if not 0 <= rho_min <= rho_max <= 1:
+        raise ValueError(f"spo keeps between rho_min and rho_max of its memory, in [0, 1], got {rho_min} and {rho_max}")
 
     def init(pool):
         ids, half = np.array([p.id for p in pool]), np.full(len(pool), 0.5, np.float32)
@@ -64,18 +69,20 @@ def spo(
             host = yield from taken_in(host)
         rows = yield [Request(p) for p in draw(state._replace(host=host), prompts * group_size)]
         rows = yield rows
+        success(rows)  # complains before anything is trained on them
         rate = tracking.success_rate(tracking.Tracker(host["alpha"], host["beta"]))
         rows = rows.with_columns(baseline=np.asarray(rate)[places(host, rows)])
         return {**host, "pending": rows}, [rows]
 
     def measured(host, everyone):
         """The tracker after `offline` completions of each prompt."""
-        successes = np.zeros(len(everyone), np.float32)
+        successes, trials = np.zeros((2, len(everyone)), np.float32)
         for start in range(0, len(everyone), prompts):
             rows = yield [Request(p, count=offline) for p in everyone[start : start + prompts]]
             rows = yield rows
-            np.add.at(successes, places(host, rows), rows.score() > 0)
-        table = tracking.tracker_init(successes, np.full(len(everyone), offline), rho_min=rho_min)
+            np.add.at(successes, places(host, rows), success(rows) > 0)
+            np.add.at(trials, places(host, rows), ~np.isnan(success(rows)))
+        table = tracking.tracker_init(successes, trials, rho_min=rho_min)
         return {**host, "alpha": np.asarray(table.alpha), "beta": np.asarray(table.beta)}
 
     def taken_in(host):
@@ -112,12 +119,12 @@ def places(host, rows):
 
 def success(rows):
     """Rewards in [0, 1]; NaN where none applies."""
-    rewards = np.asarray(advantages.combine(rows.scores, rows.channel_weights))
-    if (rewards < 0).any() or (rewards > 1).any():
+    rewards = rows.score()
+    if (rewards < -ROUNDING).any() or (rewards > 1 + ROUNDING).any():
         raise ValueError(
             f"spo tracks success rates: rewards must lie in [0, 1], got {np.nanmin(rewards)} to {np.nanmax(rewards)}"
         )
-    return rewards
+    return np.clip(rewards, 0, 1)
 
 
 def moved(rows, last):

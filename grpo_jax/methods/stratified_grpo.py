@@ -19,7 +19,8 @@ def stratified_grpo(
     epsilon: float = 1e-6,
     **options,
 ) -> Method:
-    """A = alpha z(r within prompt and stratum) + (1 - alpha) z(r within the prompt), z over n (ddof 0).
+    """A = alpha z(r within prompt and stratum) + (1 - alpha) z(r within the prompt), z over n (`stratified` has n - 1,
+    too).
 
     stratum: the column with a label >= 0 for each completion (say its number of tool calls), which a reward function
     returns beside its scores as `Scored(channels, columns)`; no label (NaN or below 0): only the second term.

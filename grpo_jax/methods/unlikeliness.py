@@ -9,7 +9,7 @@ from grpo_jax import losses
 from grpo_jax.advantages.group import group_z_score
 from grpo_jax.advantages.shaping import per_decision
 from grpo_jax.advantages.unlikely import discount_likely
-from grpo_jax.methods.grpo import grpo, total_reward
+from grpo_jax.methods.grpo import at_least, grpo, mixed, total_reward
 from grpo_jax.types import Method, Request, concat
 
 
@@ -36,6 +36,7 @@ def unlikeliness(
     Raises: ValueError for another form, or a penalty outside [0, 1].
     Source: He et al. 2025 (arXiv:2506.02355).
     """
+    at_least(1, max_rounds=max_rounds, buffer=buffer)
     discount_likely(np.zeros(1), np.zeros(1), np.zeros(1, int), penalty=penalty, form=form)  # complains at once
 
     def plan(state, draw, key):
@@ -43,7 +44,7 @@ def unlikeliness(
         for _ in range(max_rounds):
             rows = yield [Request(p, count=group_size) for p in draw(state, prompts)]
             rows = yield rows
-            kept += [g for g in rows.groups() if np.ptp(g.score()) > 0]
+            kept += [g for g in rows.groups() if mixed(g)]
             if sum(map(len, kept)) >= buffer:
                 break
         return state.host, [concat(*kept)] if kept else []

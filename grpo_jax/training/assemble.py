@@ -220,11 +220,11 @@ def roles_of(method: Method, params: PyTree, optimizer: optax.GradientTransforma
     return policies
 
 
-def describe_layout(layout: Layout, config: Config, mesh: Mesh) -> str:
+def describe_layout(layout: Layout, config: Config, mesh: Mesh, *, group_size: int) -> str:
     """What follows from the three numbers, in a line."""
-    rows = config.batch.prompts * config.batch.group_size
+    rows = config.batch.prompts * group_size
     return (
-        f"{config.batch.prompts} prompts x {config.batch.group_size} completions = {rows} rows a step, "
+        f"{config.batch.prompts} prompts x {group_size} completions = {rows} rows a step, "
         f"{config.training.number} update(s) of {layout.sweeps} micro-batch(es) of {layout.contexts} prompts x "
         f"{layout.rows} completions ({layout.context_width} + {layout.decisions} tokens) on {mesh.size} device(s)"
     )

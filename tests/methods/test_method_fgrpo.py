@@ -36,8 +36,8 @@ def test_worked_example(make):
     np.testing.assert_allclose(arrays["duals"], [0.2225, 0.115], atol=1e-6)
     ratio = after.replace(old=Decisions(logps=jnp.zeros((4, 2))))
     _, reported = method.objective(Decisions(logps=jnp.zeros((4, 2))), ratio, arrays)
-    np.testing.assert_allclose(reported["dual_consistent"], np.full((4, 2), 0.2225), rtol=1e-6)
-    assert reported["dual_grounded"].shape == (4, 2)
+    np.testing.assert_allclose(reported["next_dual_consistent"], np.full((4, 2), 0.2225), rtol=1e-6)
+    assert reported["next_dual_grounded"].shape == (4, 2)
 
 
 def test_channels_go_by_name_and_the_rest_is_the_task(make):

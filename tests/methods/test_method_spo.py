@@ -195,7 +195,6 @@ def test_uncertain_prompts_are_drawn_more_often():
 def test_rewards_that_are_no_rates():
     world = World(resolve())
     world.reward = lambda prompt, index: 2.0
-    world.step()
     with pytest.raises(ValueError, match=r"rewards must lie in \[0, 1\], got 2.0 to 2.0"):
         world.step()
 
