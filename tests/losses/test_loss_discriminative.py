@@ -163,7 +163,7 @@ def test_grpo_is_the_objective_of_its_clipped_ratio(seed):
 
 
 @functools.partial(jax.jit, static_argnames=("score", "tau", "penalty", "estimator"))
-def card(new, score="logL", tau=10.0, penalty=1e3, estimator="kl"):
+def published(new, score="logL", tau=10.0, penalty=1e3, estimator="kl"):
     old = jnp.asarray(OLD)
     scores = of.mean_logp(new, MASK) if score == "logL" else of.mean_ratio(new, old, MASK)
     drift = of.forward_divergence(new, old, MASK, estimator=estimator)
@@ -185,7 +185,7 @@ def card(new, score="logL", tau=10.0, penalty=1e3, estimator="kl"):
     ],
 )
 def test_disco_of_the_worked_example(new, options, expected):
-    assert float(card(jnp.asarray(new), **options)) == pytest.approx(expected, abs=2e-6)
+    assert float(published(jnp.asarray(new), **options)) == pytest.approx(expected, abs=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_disco_of_the_worked_example(new, options, expected):
     [(CASE_A, [-0.166667, 0.254375, 0.122813, -0.166667]), (CASE_B, [-1.894444, -1.473591, -1.604871, -1.894444])],
 )
 def test_disco_gradient_of_the_worked_example(new, slopes):
-    np.testing.assert_allclose(jax.grad(card)(jnp.asarray(new)), MASK * np.array(slopes)[:, None], atol=2e-5)
+    np.testing.assert_allclose(jax.grad(published)(jnp.asarray(new)), MASK * np.array(slopes)[:, None], atol=2e-5)
 
 
 def test_drpo_of_the_worked_example():
