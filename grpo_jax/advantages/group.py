@@ -88,7 +88,8 @@ def _compared(rewards: Array, group_ids: Array) -> tuple[Float[Array, "N"], Int[
             "a group is compared by one reward and one id per row, got rewards "
             f"{list(rewards.shape)} and group_ids {list(group_ids.shape)}; `combine` sums channels [N, K] to [N]"
         )
-    highest = -1 if isinstance(group_ids, jax.core.Tracer) else np.asarray(group_ids).max(initial=-1)
+    at_hand = not isinstance(group_ids, jax.core.Tracer) and getattr(group_ids, "is_fully_addressable", True)
+    highest = np.asarray(group_ids).max(initial=-1) if at_hand else -1
     if highest >= group_ids.size:
         raise ValueError(
             f"group ids lie in [0, N), here N = {group_ids.size} (-1: compared with nobody), got {highest}; "
