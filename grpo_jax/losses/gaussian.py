@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grpo_jax.losses.elementwise import where_finite
-
-LARGEST_LOG_RATIO = 20.0
+from grpo_jax.losses.ratios import LARGEST_TOKEN_LOG_RATIO
 
 
 def flow_transition(
@@ -116,7 +115,7 @@ def _moves(samples: Array, means: Array, old_means: Array) -> tuple[Array, Array
 
 
 def _ratio(exponent: Callable[..., Array], products: Array, std: Array) -> Array:
-    bound = LARGEST_LOG_RATIO
+    bound = LARGEST_TOKEN_LOG_RATIO
     return _where_noisy(lambda q, s: jnp.exp(jnp.clip(exponent(q, s), -bound, bound)), products, std)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from grpo_jax import losses
 from grpo_jax.advantages.beta import beta_normalized
 from grpo_jax.advantages.shaping import per_decision
-from grpo_jax.methods.grpo import grpo, total_reward
+from grpo_jax.methods.grpo import grpo, total_reward, weights_of
 from grpo_jax.types import Method
 
 
@@ -40,7 +40,7 @@ def bnpo(
     def advantage(batch, arrays, key):
         if decompose:
             each = jax.vmap(normalized, in_axes=(1, None), out_axes=1)(batch.rewards, batch.group_ids)
-            weights = jnp.array(batch.channel_weights or (1.0,) * batch.rewards.shape[1])
+            weights = jnp.array(weights_of(batch))
             values = jnp.where(weights != 0, each * weights, 0).sum(axis=1) / weights.sum()
         else:
             values = normalized(total_reward(batch), batch.group_ids)

@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo_jax import advantages
 from grpo_jax.advantages.constraints import constrained, dual_init, dual_update
-from grpo_jax.methods.grpo import grpo
+from grpo_jax.methods.grpo import grpo, weights_of
 from grpo_jax.types import Method, State
 
 
@@ -67,7 +67,7 @@ def divided(batch, targets):
             f"fgrpo's targets name some of the reward channels {list(batch.channels)}, like {{consistent: 0.9}}, and "
             f"leave at least one as the task; got targets for {list(targets)}"
         )
-    weights = batch.channel_weights or (1.0,) * len(batch.channels)
+    weights = weights_of(batch)
     qualities = [batch.channels.index(name) for name in targets]
     rewards = advantages.combine(batch.rewards[:, np.array(task)], [weights[k] for k in task])
     return rewards, batch.rewards[:, np.array(qualities)]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from grpo_jax.advantages.channels import decoupled_over_decisions, decoupled_over_rows, gate
 from grpo_jax.advantages.shaping import per_decision
-from grpo_jax.methods.grpo import grpo
+from grpo_jax.methods.grpo import grpo, weights_of
 from grpo_jax.types import Method
 
 WHITENING = ("rows", "decisions")
@@ -49,7 +49,7 @@ def gdpo(
         return jnp.stack([gated.get(k, scores[k]) for k in batch.channels], axis=1)
 
     def advantage(batch, arrays, key):
-        weights = batch.channel_weights or (1.0,) * batch.rewards.shape[1]
+        weights = weights_of(batch)
         if whitening == "decisions":
             values = decoupled_over_decisions(batch.rewards, batch.group_ids, weights, batch.completion_mask)
         else:

@@ -93,9 +93,14 @@ def mixed(group: Rollout) -> bool:
     return len(scores) > 0 and bool(np.ptp(scores) > 0)
 
 
+def weights_of(batch: Batch) -> tuple[float, ...]:
+    """The weight of each reward channel, 1 where none are configured."""
+    return batch.channel_weights or (1.0,) * batch.rewards.shape[1]
+
+
 def total_reward(batch: Batch) -> Float[Array, "N"]:
     """The weighted sum of a row's reward channels that apply; NaN where none does."""
-    return advantages.combine(batch.rewards, batch.channel_weights or (1.0,) * batch.rewards.shape[1])
+    return advantages.combine(batch.rewards, weights_of(batch))
 
 
 def token_mean(batch: Batch) -> Float[Array, "N T"]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from grpo_jax.advantages.channels import decoupled_over_rows, gate
 from grpo_jax.advantages.group import group_z_score
 from grpo_jax.advantages.shaping import combine, per_decision
-from grpo_jax.methods.grpo import grpo, sequence_mean
+from grpo_jax.methods.grpo import grpo, sequence_mean, weights_of
 from grpo_jax.types import Method
 
 MODES = ("sum_then_normalize", "normalize_then_sum")
@@ -47,7 +47,7 @@ def multi_objective_grpo(
         return jnp.stack(gated, axis=1).at[:, place].set(batch.scores[:, place])
 
     def advantage(batch, arrays, key):
-        weights = batch.channel_weights or (1.0,) * batch.rewards.shape[1]
+        weights = weights_of(batch)
         if mode == "sum_then_normalize":
             scores = group_z_score(combine(batch.rewards, weights), batch.group_ids, epsilon=epsilon)
         else:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from grpo_jax.advantages.channels import decoupled, decoupled_over_rows
 from grpo_jax.advantages.shaping import per_decision
-from grpo_jax.methods.grpo import grpo
+from grpo_jax.methods.grpo import grpo, weights_of
 from grpo_jax.types import Method
 
 
@@ -32,7 +32,7 @@ def pref_grpo(
     combined = decoupled_over_rows if whiten else decoupled
 
     def advantage(batch, arrays, key):
-        weights = batch.channel_weights or (1.0,) * batch.rewards.shape[1]
+        weights = weights_of(batch)
         scores = jnp.clip(combined(batch.rewards, batch.group_ids, weights, epsilon=epsilon), -bound, bound)
         return batch.replace(advantages=per_decision(scores, batch.completion_mask)), arrays
 

@@ -12,7 +12,7 @@ from grpo_jax.advantages.ranks import item_ids, per_rank, rank_rewards, rank_z_s
 from grpo_jax.advantages.shaping import combine
 from grpo_jax.losses.aggregation import unit_mean
 from grpo_jax.losses.ratios import unit_geometric
-from grpo_jax.methods.grpo import clipped, grpo
+from grpo_jax.methods.grpo import clipped, grpo, weights_of
 from grpo_jax.types import Method
 
 MEANS = ("tokens", "ranks")
@@ -79,7 +79,7 @@ def rank_grpo(
 
 def by_rank(batch):
     """[N, K]: the channels name/0 ... name/(K-1) of all names, added up rank by rank under their weights."""
-    weights = batch.channel_weights or (1.0,) * len(batch.channels)
+    weights = weights_of(batch)
     places = [(name.rpartition("/")[2], k) for k, name in enumerate(batch.channels) if weights[k]]
     if not places or not all(place.isdigit() for place, _ in places):
         raise ValueError(
