@@ -1,10 +1,11 @@
 # make quickstart   a rising reward in about a minute on a laptop: no GPU, no model hub, no account
 # make test         what CI runs first
+# make bench        our speed and memory on this machine, with its floors; bench-peers: beside other projects
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test parity lint types light clean
+.PHONY: quickstart test parity lint types light bench bench-peers bench-install clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/grpo-jax train configs/quickstart.yaml directory=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -24,6 +25,15 @@ types: $(VENV)/installed-test
 
 light: $(VENV)/installed
 	$(BIN)/python benchmarks/imports.py
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.peers
+
+bench-peers: $(VENV)/installed
+	$(BIN)/python -m benchmarks.peers --peers all
+
+bench-install: $(VENV)/installed
+	$(BIN)/python -m benchmarks.peers.install
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from grpo_jax.rewards.extraction import marked_answer
 from grpo_jax.supervised import warm_up
 from grpo_jax.training import assemble, metrics, progress
 from grpo_jax.training.checkpoints import Checkpoints
-from grpo_jax.training.configuration import Config, load_config, parse, to_yaml
+from grpo_jax.training.compilation import keep_compiled
+from grpo_jax.training.configuration import Config, check_same_run, load_config, parse, to_yaml
 from grpo_jax.training.evaluation import Evaluation, evaluate_prompts
+from grpo_jax.training.fused import Fused, obstacle
 from grpo_jax.training.instruments import CompileCounter
 from grpo_jax.training.keys import fold
 from grpo_jax.training.loop import Run, iterate
@@ -30,8 +34,6 @@ from grpo_jax.training.stopping import StopSignal
 from grpo_jax.types import Method, Prompt, Request, Rollout, State
 
 CONFIG_FILE = "config.yaml"
-# A resumed run may train longer, and evaluate, save and log otherwise; the rest of its configuration stays.
-CONFIG_KEPT = ("seed", "model", "data", "rewards", "method", "batch", "training", "sampling", "optimizer", "warmup")
 GROUPS_KEPT = 100  # sampled groups that a run writes down, evenly over its steps
 
 
@@ -53,6 +55,7 @@ class Experiment:
         method: Method | None = None,
     ) -> None:
         self.started = time.perf_counter()
+        keep_compiled()
         if prompts is not None and isinstance(config, Mapping):
             config = {**config, "data": {"source": "memory", **config.get("data", {})}}
         if isinstance(config, Mapping):
@@ -115,7 +118,7 @@ class Experiment:
         say = print if console else (lambda text: None)
         resumed = self.run is None and self.checkpoints.latest() is not None
         if resumed:
-            self._check_same_config()
+            check_same_run(load_config(self.directory / CONFIG_FILE), self.config)
             self.resume()
         self._write_config()
         first = self.run.state.step if self.run else 0
@@ -129,8 +132,13 @@ class Experiment:
             self._announce(say, resumed, first)
             if self.run is None:
                 self.begin(self._warm_params(writer, console))
-            with StopSignal() as stop, progress.Progress(steps, "training", start=first, enabled=console) as bar:
-                self._loop(steps, writer, bar, stop)
+            fused = self._fused(say)
+            bar = progress.Progress(steps, "training", start=first, enabled=console)
+            ahead = nullcontext()
+            if not fused and self.run.state.step < steps:
+                ahead = self.run.compiled.ahead(assemble.blank_batch(self.language, self.run))
+            with StopSignal() as stop, bar, self.compiled.explained(), ahead:
+                self._loop(steps, writer, bar, stop, fused)
         self._finish(say, steps)
         return self.evaluations.get(self.run.state.step, self.numbers)
 
@@ -194,7 +202,15 @@ class Experiment:
             run.state.step, {"policies": run.policies, "arrays": run.state.arrays}, host, metric=score
         )
 
-    def _loop(self, steps: int, writer: metrics.Metrics, bar: progress.Progress, stop: StopSignal) -> None:
+    def _fused(self, say: Callable[[str], None]) -> Fused | None:
+        """The iterations as one program, where they can be."""
+        why_not = obstacle(self.run) if self.config.training.fused else "training.fused is false"
+        say(f"iterations run part by part: {why_not}" if why_not else "iterations run as one program, fused")
+        return None if why_not else Fused(self.run)
+
+    def _loop(
+        self, steps: int, writer: metrics.Metrics, bar: progress.Progress, stop: StopSignal, fused: Fused | None
+    ) -> None:
         run, config = self.run, self.config
         every, first = max(1, steps // GROUPS_KEPT), run.state.step
         run.log = recorder = Recorder(
@@ -206,6 +222,13 @@ class Experiment:
             prompt=self.pool.__getitem__,
             decode=self.model.tokenizer.decode,
         )
+
+        def written(step: int, times: dict[str, float] | None = None) -> None:
+            rate, failures = float(self.schedule(step * config.training.number)), self.verify.take_failures()
+            settled = step > first
+            self.numbers = recorder.write(step, rate, failures, groups=step % every == 0, settled=settled, times=times)
+            bar.update(step + 1, **self.numbers)
+
         run.clock.lap()
         self.compiled.lap()
         while True:
@@ -220,13 +243,17 @@ class Experiment:
                 if finished or stop.asked:
                     self.checkpoints.wait()
                     return
+                if fused:
+                    until = min(
+                        steps, *(_next(step, every) for every in (config.evaluation.every, config.checkpoint.every))
+                    )
+                    fused.advance(until, stopped=lambda: stop.asked, written=written)
+                    continue
                 iterate(run)
             except BaseException as error:
                 self._rescue(step, position, error)
                 raise
-            rate, failures = float(self.schedule(step * config.training.number)), self.verify.take_failures()
-            self.numbers = recorder.write(step, rate, failures, groups=step % every == 0, settled=step > first + 1)
-            bar.update(step + 1, **self.numbers)
+            written(step)
 
     def _evaluate_once(self, step: int, writer: metrics.Metrics, bar: progress.Progress) -> None:
         if not self.held_out or step in self.evaluations:
@@ -353,15 +380,6 @@ class Experiment:
             self.model = assemble.open_model(self.config)
         return self.model.params
 
-    def _check_same_config(self) -> None:
-        before = load_config(self.directory / CONFIG_FILE)
-        changed = [key for key in CONFIG_KEPT if getattr(before, key) != getattr(self.config, key)]
-        if changed:
-            raise ValueError(
-                f"{self.directory} holds a run with another {', '.join(changed)}; a resumed run is the same run. "
-                "Choose another name or directory, or the configuration that is saved there (config.yaml)"
-            )
-
     def _announce(self, say: Callable[[str], None], resumed: bool, first: int) -> None:
         size = sum(x.size for x in jax.tree.leaves(self.model.params))
         say(f"{self.config.name}: {size:,} parameters, method {self.config.method.name}, in {self.directory}")
@@ -378,14 +396,7 @@ class Experiment:
             png, html = report(self.directory)
         before, after = self.evaluations.get(0), self.evaluations.get(run.state.step)
         if say is print:
-            if before and after:
-                names = [n for n in before if n in after]
-                progress.table("held-out", ["", "before", "after"], [[n, before[n], after[n]] for n in names])
-            sampled = metrics.read_samples(self.directory)
-            if sampled:
-                telling = [g for g in sampled if any(g["advantages"])] or sampled
-                last = telling[-1]
-                progress.group_table(last["prompt"], last["completions"], last["rewards"], last["advantages"])
+            progress.outcome(before, after, metrics.read_samples(self.directory))
             print(f"curves      {png}\nreport      {html}\ncheckpoint  {self.checkpoints.directory}/{run.state.step}")
         if run.state.step < steps:
             say(f"stopped at step {run.state.step} of {steps}; the same command goes on from there")
@@ -393,6 +404,11 @@ class Experiment:
 
 def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+
+
+def _next(step: int, every: int) -> float:
+    """The next step at which something is due that happens every so many; 0: never."""
+    return step - step % every + every if every else math.inf
 
 
 def _due(step: int, every: int) -> bool:

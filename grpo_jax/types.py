@@ -392,8 +392,14 @@ class Domain(NamedTuple):
     `batch.contexts` holds as many contexts as there are runs, so no key or value is ever gathered per row.
 
     text(rollout) -> what the reward functions read, one completion per row, on the host.
+
+    Two more let an iteration be one program. prepare(requests, numbers) -> (rollout, launches), on the host: the rows
+    in which nothing is drawn yet, and arrays that say how to draw them, of the same shapes whatever the prompts are.
+    draw(params by role, batch, launches, key) -> the batch with its decisions, in jit; the same as `sample` draws.
     """
 
     sample: Callable[..., Rollout]
     evaluate: Callable[..., Decisions]
     text: Callable[[Rollout], list[str]]
+    prepare: Callable[..., tuple[Rollout, PyTree]] | None = None
+    draw: Callable[..., Rollout] | None = None

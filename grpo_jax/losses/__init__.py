@@ -35,7 +35,7 @@ from grpo_jax.losses.gaussian import (
     gaussian_ratio,
     normalized_gaussian_ratio,
 )
-from grpo_jax.losses.logprobs import chunk_length, chunked_logps
+from grpo_jax.losses.logprobs import chunked_logps
 from grpo_jax.losses.mismatch import (
     banded,
     capped,
@@ -72,7 +72,6 @@ __all__ = [
     "alignment_coefficients",
     "banded",
     "capped",
-    "chunk_length",
     "chunked_logps",
     "cispo",
     "clip_events",

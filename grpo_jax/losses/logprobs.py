@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 CHUNK_BYTES = 64 * 2**20
+
+PyTree = Any
 
 
 def chunked_logps(
@@ -31,175 +33,200 @@ def chunked_logps(
     KL_t = sum_v p_v (log p_v - log q_v)   (nats, float32), q the same function of `reference`, (hidden, head).
 
     The product is in the dtype of the inputs with float32 accumulation, all after it in float32. Logits live for one
-    chunk of decisions at a time, forward and backward (recomputed there); decisions whose cotangent is 0 take no part
-    in the backward pass, whatever they hold. Temperature and reference get no gradient: that of KL_t is the exact
-    gradient of the reverse KL(p || q), the whole vocabulary at once.
-    temperature: above 0, one value or one per row. chunk: positions, of all rows at once; default: what keeps a chunk's
-    float32 logits near 64 MiB, of fewer rows at once where one position of all is more. Pass it (`chunk_length`) where
-    jit divides rows over devices: a chunk is then spread over them, and rows stay where they are.
+    chunk of the vocabulary at a time, forward and backward (recomputed there), so that each part of the head is read
+    once, and its gradient written once, for all decisions. Decisions whose cotangent is 0 take no part in the backward
+    pass, whatever they hold. Temperature and reference get no gradient: that of KL_t is the exact gradient of the
+    reverse KL(p || q), the whole vocabulary at once.
+    temperature: above 0, one value or one per row. chunk: tokens of the vocabulary at once; default: twice the features
+    (then hidden states, read once per chunk, weigh no more than its logits), or what keeps the float32 logits within
+    64 MiB or an eighth of the head's gradient, and 512 at least.
     Returns: (logps, {"entropy": ..., "kl": ...} as asked).
     Raises: ValueError if shapes do not fit, softcap <= 0 or chunk < 1.
     """
     hidden, head, targets = jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(targets)
-    shape, (features, vocabulary) = targets.shape, head.shape if head.ndim == 2 else (0, 0)
     temperature = jnp.asarray(temperature, jnp.float32)
     _check(hidden, head, targets, temperature, softcap, reference, chunk)
-    temperature = jax.lax.stop_gradient(jnp.broadcast_to(temperature[..., None], shape))
-    decisions = targets, temperature, *([] if reference is None else [jax.lax.stop_gradient(reference[0])])
-    if chunk is None:
-        rows = _rows_at_once(math.prod(shape[:-1]), features, vocabulary)
-        if rows < math.prod(shape[:-1]):  # rows laid end to end, so that a chunk can be less than a position of each
-            hidden, decisions = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[len(shape) :]), (hidden, decisions))
-        chunk = chunk_length(math.prod(hidden.shape[:-2]), features, vocabulary)
-    length = hidden.shape[-2]
-    count = max(1, -(-length // chunk))
-    options = _Options(softcap, entropy, reference is not None, count, -(-length // count), hidden.ndim - 2)
-    hidden, decisions = jax.tree.map(functools.partial(_pad, options), (hidden, decisions))
+    temperature = jax.lax.stop_gradient(jnp.broadcast_to(temperature[..., None], targets.shape))
+    options = _Options(softcap, entropy, reference is not None, _cut(*head.shape, targets.size, chunk))
     hidden, head = _varying_alike(hidden, head)
-    far = None if reference is None else jax.lax.stop_gradient(jnp.asarray(reference[1]))
-    said = _logps(options, hidden, head, far, decisions)
-    return said.pop("logps")[..., :length].reshape(shape), {k: x[..., :length].reshape(shape) for k, x in said.items()}
+    other = None if reference is None else jax.lax.stop_gradient(tuple(map(jnp.asarray, reference)))
+    said = _logps(options, hidden, head, targets, temperature, other)
+    return said.pop("logps"), said
 
 
-def chunk_length(rows: int, features: int, vocabulary: int) -> int:
-    """Positions per chunk for that many rows on a device: what `chunked_logps` takes if it is not told.
+class _Cut(NamedTuple):
+    """How V tokens are cut: `ways` equal runs, of which a chunk takes `size` tokens each, `count` times, and the rest.
 
-    A chunk's float32 logits take 64 MiB, or an eighth of the head's float32 gradient if that is more: every chunk reads
-    and writes that gradient once, and fewer decisions would not pay for it.
+    A chunk of pieces from several runs divides over devices that divide the vocabulary.
     """
-    return max(1, _chunk_bytes(features, vocabulary) // (4 * max(rows, 1) * max(vocabulary, 1)))
+
+    ways: int
+    size: int
+    count: int
+    rest: int
+
+    def table(self, head: Float[Array, "E V"]) -> Float[Array, "W K E"]:
+        return head.T.reshape(self.ways, -1, head.shape[0])
+
+    def at(self, table: Array, start: Array | int, size: int) -> Float[Array, "W b E"]:
+        return jax.lax.dynamic_slice_in_dim(table, start, size, axis=1)
+
+    def tokens(self, start: Array | int, size: int) -> Int[Array, "W b"]:
+        run = self.size * self.count + self.rest
+        return jnp.arange(self.ways, dtype=jnp.int32)[:, None] * run + start + jnp.arange(size, dtype=jnp.int32)
+
+    def fold(self, step: Callable[[PyTree, Array | int, int], PyTree], carry: PyTree) -> PyTree:
+        """`step(carry, start, size)` for every chunk."""
+        if self.count == 1:
+            carry = step(carry, 0, self.size)
+        elif self.count:
+            carry = jax.lax.fori_loop(0, self.count, lambda i, x: step(x, i * self.size, self.size), carry)
+        return step(carry, self.count * self.size, self.rest) if self.rest else carry
+
+    @property
+    def whole(self) -> bool:
+        return self.count == 1 and not self.rest
 
 
-def _rows_at_once(rows: int, features: int, vocabulary: int) -> int:
-    """The largest divisor of `rows` for which one position of each is within a chunk's memory."""
-    most = max(1, _chunk_bytes(features, vocabulary) // (4 * max(vocabulary, 1)))
-    return next(n for n in range(min(rows, most), 0, -1) if rows % n == 0) if rows > most else rows
-
-
-def _chunk_bytes(features: int, vocabulary: int) -> int:
-    return max(CHUNK_BYTES, features * vocabulary * 4 // 8)
+def _cut(features: int, vocabulary: int, decisions: int, chunk: int | None) -> _Cut:
+    if chunk is None:
+        memory = max(CHUNK_BYTES, 4 * features * vocabulary // 8)
+        chunk = max(512, min(2 * features, memory // (4 * max(decisions, 1))))
+    if chunk >= vocabulary:
+        return _Cut(1, vocabulary, 1, 0)
+    ways = next(n for n in (16, 8, 4, 2, 1) if vocabulary % n == 0 and n <= chunk)
+    size = chunk // ways
+    return _Cut(ways, size, *divmod(vocabulary // ways, size))
 
 
 class _Options(NamedTuple):
     softcap: float | None
     entropy: bool
     kl: bool
-    count: int
-    chunk: int
-    axis: int  # that of the decisions
+    cut: _Cut
+
+
+class _Sums(NamedTuple):
+    """What chunks add up to, against the largest logit so far: the mass sum exp(z - top), the target's logit, and for
+    entropy and KL the sums of exp(z - top) (z - top) and of exp(z - top) (z - z of the reference)."""
+
+    top: Array
+    mass: Array
+    chosen: Array
+    spread: Array | None
+    gap: Array | None
+    far_top: Array | None
+    far_mass: Array | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logps(options: _Options, hidden: Array, head: Array, far: Array | None, decisions: tuple) -> dict[str, Array]:
-    return _forward(options, hidden, head, far, decisions)[0]
+def _logps(options: _Options, hidden, head, targets, temperature, other) -> dict[str, Array]:
+    return _forward(options, hidden, head, targets, temperature, other)[0]
 
 
-def _forward(options: _Options, hidden: Array, head: Array, far: Array | None, decisions: tuple):
-    def read(hidden: Array, decisions: tuple) -> tuple[dict[str, Array], Array, Array]:
-        targets, temperature = decisions[:2]
-        logits = _logits(options, hidden, head, temperature)
-        top = logits.max(axis=-1)
-        shifted = logits - top[..., None]
-        log_mass = jnp.log(jnp.exp(shifted).sum(axis=-1))
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        # Less the largest first: a log-prob near 0 is then not the difference of two large numbers.
-        said, normalizer = {"logps": (chosen - top) - log_mass}, top + log_mass
-        everything = shifted - log_mass[..., None]
+def _forward(options: _Options, hidden: Array, head: Array, targets: Array, temperature: Array, other):
+    cut = options.cut
+    table, far = cut.table(head), None if other is None else cut.table(other[1])
+    kept = []
+
+    def step(sums: _Sums, start: Array | int, size: int) -> _Sums:
+        z = _logits(options, hidden, cut.at(table, start, size), temperature)
+        if cut.whole:
+            kept.append(z)
+        top = jnp.maximum(sums.top, z.max(axis=(-2, -1)))
+        shrink = jnp.exp(sums.top - top)
+        shifted = z - top[..., None, None]
+        weights = jnp.exp(shifted)
+        total = lambda x: x.sum(axis=(-2, -1))  # noqa: E731
+        hit = targets[..., None, None] == cut.tokens(start, size)
+        more = {}
         if options.entropy:
-            said["entropy"] = -jnp.sum(jnp.exp(everything) * everything, axis=-1)
+            moved = jnp.where(sums.mass > 0, sums.top - top, 0) * sums.mass
+            more["spread"] = shrink * (sums.spread + moved) + total(weights * shifted)
         if options.kl:
-            against = jax.nn.log_softmax(_logits(options, decisions[2], far, temperature))
-            said["kl"] = jnp.sum(jnp.exp(everything) * (everything - against), axis=-1)
-        return said, normalizer, logits
+            against = _logits(options, other[0], cut.at(far, start, size), temperature)
+            far_top = jnp.maximum(sums.far_top, against.max(axis=(-2, -1)))
+            more["gap"] = shrink * sums.gap + total(weights * (z - against))
+            more["far_mass"] = sums.far_mass * jnp.exp(sums.far_top - far_top) + total(
+                jnp.exp(against - far_top[..., None, None])
+            )
+            more["far_top"] = far_top
+        chosen = sums.chosen + total(jnp.where(hit, z, 0))
+        return sums._replace(top=top, mass=shrink * sums.mass + total(weights), chosen=chosen, **more)
 
-    if options.count == 1:
-        said, normalizer, logits = read(hidden, decisions)
-    else:
-        logits = None  # more than one chunk is never kept
-
-        def step(_: None, index: Array):
-            return None, read(*_at(options, (hidden, decisions), index))[:2]
-
-        chunks = jax.lax.scan(step, None, jnp.arange(options.count))[1]
-        said, normalizer = _joined(options, chunks)
-    return said, (hidden, head, far, decisions, normalizer, said, logits)
+    zero = jnp.zeros(targets.shape, jnp.float32) + _nothing(hidden, head, targets, temperature, other)
+    lowest = zero - jnp.inf
+    start = _Sums(
+        lowest,
+        zero,
+        zero,
+        zero if options.entropy else None,
+        *((zero, lowest, zero) if options.kl else (None, None, None)),
+    )
+    sums = cut.fold(step, start)
+    log_mass = jnp.log(sums.mass)
+    # Less the largest first: a log-prob near 0 is then not the difference of two large numbers.
+    said = {"logps": (sums.chosen - sums.top) - log_mass}
+    if options.entropy:
+        said["entropy"] = log_mass - sums.spread / sums.mass
+    far_normalizer = None
+    if options.kl:
+        far_log_mass = jnp.log(sums.far_mass)
+        far_normalizer = sums.far_top + far_log_mass
+        said["kl"] = sums.gap / sums.mass - ((sums.top - sums.far_top) + (log_mass - far_log_mass))
+    normalizers = sums.top + log_mass, far_normalizer
+    logits = kept[0] if kept else None  # more than one chunk is never kept
+    return said, (hidden, head, targets, temperature, other, normalizers, said, logits)
 
 
 def _backward(options: _Options, kept: tuple, cotangents: dict[str, Array]):
-    hidden, head, far, decisions, normalizer, said, logits = kept
-    local = (hidden, decisions, normalizer, said, cotangents)
+    hidden, head, targets, temperature, other, (normalizer, far_normalizer), said, logits = kept
+    cut, wide = options.cut, lambda x: x[..., None, None]
+    live = functools.reduce(jnp.logical_or, [c != 0 for c in cotangents.values()])
+    hidden = jnp.where(live[..., None], hidden, 0)
+    table, far = cut.table(head), None if other is None else cut.table(other[1])
+    there = None if other is None else jnp.where(live[..., None], other[0], 0)
 
-    def pull(logits: Array | None, local: tuple) -> tuple[Array, Array]:
-        hidden, (targets, temperature, *reference), normalizer, said, cotangents = local
-        live = functools.reduce(jnp.logical_or, [c != 0 for c in cotangents.values()])
-        hidden = jnp.where(live[..., None], hidden, 0)
-        if logits is None:
-            logits = _logits(options, hidden, head, temperature)
-        logp = logits - normalizer[..., None]
-        slope = cotangents["logps"][..., None]
+    def step(carry: tuple[Array, Array], start: Array | int, size: int) -> tuple[Array, Array]:
+        d_hidden, d_table = carry
+        piece = cut.at(table, start, size)
+        z = logits if cut.whole else _logits(options, hidden, piece, temperature)
+        logp = z - wide(normalizer)
+        slope = wide(cotangents["logps"])
         if options.entropy:
-            slope = slope + cotangents["entropy"][..., None] * (logp + said["entropy"][..., None])
+            slope = slope + wide(cotangents["entropy"]) * (logp + wide(said["entropy"]))
         if options.kl:
-            there = jnp.where(live[..., None], reference[0], 0)
-            gap = logp - jax.nn.log_softmax(_logits(options, there, far, temperature))
-            slope = slope - cotangents["kl"][..., None] * (gap - said["kl"][..., None])
-        chosen = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
-        d_logits = jnp.where(chosen, cotangents["logps"][..., None], 0) - jnp.exp(logp) * slope
-        scale = temperature[..., None]
+            gap = logp - (_logits(options, there, cut.at(far, start, size), temperature) - wide(far_normalizer))
+            slope = slope - wide(cotangents["kl"]) * (gap - wide(said["kl"]))
+        hit = wide(targets) == cut.tokens(start, size)
+        d_z = jnp.where(hit, wide(cotangents["logps"]), 0) - jnp.exp(logp) * slope
         if options.softcap is not None:
-            d_logits *= 1 - (logits * scale / options.softcap) ** 2
-        d_logits = jnp.where(live[..., None], d_logits / scale, 0).astype(jnp.result_type(hidden, head))
-        d_hidden = jnp.einsum("...tv,ev->...te", d_logits, head, preferred_element_type=jnp.float32)
+            d_z *= 1 - (z * wide(temperature) / options.softcap) ** 2
+        d_z = jnp.where(wide(live), d_z / wide(temperature), 0).astype(jnp.result_type(hidden, head))
+        d_hidden += jnp.einsum("...twb,wbe->...te", d_z, piece, preferred_element_type=jnp.float32)
         axes = tuple(range(hidden.ndim - 1))
-        d_head = jnp.tensordot(hidden, d_logits, (axes, axes), preferred_element_type=jnp.float32)
-        return d_hidden.astype(hidden.dtype), d_head
+        d_piece = jnp.tensordot(d_z, hidden, (axes, axes), preferred_element_type=jnp.float32).astype(head.dtype)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_table, d_piece, start, axis=1)
 
-    if options.count == 1:
-        d_hidden, d_head = pull(logits, local)
-    else:
-
-        def step(total: Array, index: Array) -> tuple[Array, Array]:
-            d_hidden, d_head = pull(None, _at(options, local, index))
-            return total + d_head, d_hidden
-
-        # The sum over no positions: zeros that vary over the mesh as the sum does, which shard_map asks of a carry.
-        zero = pull(None, jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, 0, axis=options.axis), local))[1]
-        d_head, chunks = jax.lax.scan(step, zero, jnp.arange(options.count))
-        d_hidden = _joined(options, chunks)
-    return d_hidden, d_head.astype(head.dtype), None, None
+    zero = _nothing(hidden, head, targets, temperature, other, *cotangents.values())
+    start = jnp.zeros(hidden.shape, jnp.float32) + zero, jnp.zeros(table.shape, head.dtype) + zero.astype(head.dtype)
+    d_hidden, d_table = cut.fold(step, start)
+    return d_hidden.astype(hidden.dtype), d_table.reshape(-1, head.shape[0]).T, None, None, None
 
 
 _logps.defvjp(_forward, _backward)
 
 
-def _logits(options: _Options, hidden: Array, head: Array, temperature: Array) -> Float[Array, "*rows T V"]:
-    logits = jnp.einsum("...te,ev->...tv", hidden, head, preferred_element_type=jnp.float32)
+def _logits(options: _Options, hidden: Array, piece: Float[Array, "W b E"], temperature: Array) -> Array:
+    logits = jnp.einsum("...te,wbe->...twb", hidden, piece, preferred_element_type=jnp.float32)
     if options.softcap is not None:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
-    return logits / temperature[..., None]
+    return logits / temperature[..., None, None]
 
 
-def _at(options: _Options, arrays: Any, index: Array) -> Any:
-    """One chunk of each array, along the axis of decisions."""
-    start = index * options.chunk
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, options.chunk, options.axis), arrays)
-
-
-def _joined(options: _Options, chunks: Any) -> Any:
-    """Chunks stacked in front, put back on the axis of decisions."""
-
-    def join(x: Array) -> Array:
-        moved, at = jnp.moveaxis(x, 0, options.axis), options.axis
-        return moved.reshape(*moved.shape[:at], -1, *moved.shape[at + 2 :])
-
-    return jax.tree.map(join, chunks)
-
-
-def _pad(options: _Options, array: Array) -> Array:
-    """Ones after the last decision, to whole chunks: a temperature of 1, and nothing counts without a cotangent."""
-    missing = options.count * options.chunk - array.shape[options.axis]
-    widths = [(0, missing if axis == options.axis else 0) for axis in range(array.ndim)]
-    return jnp.pad(array, widths, constant_values=1) if missing else array
+def _nothing(*arrays: PyTree) -> Float[Array, ""]:
+    """0, varying over the mesh as all of these together do, which shard_map asks of what a loop carries."""
+    return sum(jnp.sum(x[..., :0]).astype(jnp.float32) for x in jax.tree.leaves(arrays))
 
 
 def _varying_alike(*arrays: Array) -> list[Array]:
@@ -240,4 +267,4 @@ def _check(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap bounds the logits and must be above 0 (None for no cap), got {softcap}")
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is a number of positions, at least 1 (None to choose it), got {chunk}")
+        raise ValueError(f"chunk is a number of tokens of the vocabulary, at least 1 (None to choose it), got {chunk}")

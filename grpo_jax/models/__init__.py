@@ -1,11 +1,11 @@
 """Decoder-only transformers: a group shares its context; weights from and to Hugging Face; sharding."""
 
-from grpo_jax.models.attention import Part, attend, softcap
+from grpo_jax.models.attention import softcap
+from grpo_jax.models.cached import KeysValues
 from grpo_jax.models.config import Rope, TransformerConfig, read_config
 from grpo_jax.models.evaluate import evaluate
 from grpo_jax.models.sharding import RULES, shardings
 from grpo_jax.models.transformer import (
-    KeysValues,
     Transformer,
     abstract,
     create,
@@ -18,12 +18,10 @@ from grpo_jax.models.weights import export, load
 __all__ = [
     "RULES",
     "KeysValues",
-    "Part",
     "Rope",
     "Transformer",
     "TransformerConfig",
     "abstract",
-    "attend",
     "create",
     "evaluate",
     "export",

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.losses import chunk_length, chunked_logps
+from grpo_jax.losses import chunked_logps
+from grpo_jax.models.config import TransformerConfig
 from grpo_jax.models.transformer import merge
 from grpo_jax.types import Batch, Decisions, PyTree
 
 
-def evaluate(graphdef, params: PyTree, rows: Batch, *, wants: Sequence[str] = (), remat: bool = False) -> Decisions:
+def evaluate(
+    graphdef, params: PyTree, rows: Batch, *, wants: Sequence[str] = (), remat: bool | None = None
+) -> Decisions:
     """log pi(decision | context, earlier decisions) at every row's temperature.
 
     Rows lie in C equal runs, one run per context: row n stands under `rows.contexts[n // (N / C)]`. A context goes
     through the network once, forward and backward, whatever the number of its rows.
 
-    rows: N rows of T decisions. wants: "entropy" (nats, of the distribution at the row's temperature).
+    rows: N rows of T decisions. wants: "entropy" (nats, of the distribution at the row's temperature). remat: whether
+    layers keep only their input for the backward pass; by default where keeping more would outweigh the parameters.
     Returns logps [N, T] and the wanted statistics, float32; values beyond a row's length are finite and mean nothing.
     Raises: ValueError for a statistic that a language model does not know, or rows that are not in equal runs.
     """
@@ -35,6 +39,8 @@ def evaluate(graphdef, params: PyTree, rows: Batch, *, wants: Sequence[str] = ()
     last = jnp.take_along_axis(rows.contexts.tokens, before[:, None], axis=1)
     targets = rows.completions.reshape(c, g, t)
     inputs = jnp.concatenate([jnp.broadcast_to(last[:, :, None], (c, g, 1)), targets[..., :-1]], axis=-1)
+    tokens = c * (rows.contexts.tokens.shape[1] + g * t)
+    remat = outweighs(model.config, tokens, params) if remat is None else remat
     hidden = model(rows.contexts.tokens, before, inputs, remat=remat)
     logps, stats = chunked_logps(
         hidden,
@@ -43,7 +49,18 @@ def evaluate(graphdef, params: PyTree, rows: Batch, *, wants: Sequence[str] = ()
         temperature=rows.temperature.reshape(c, g),
         softcap=model.config.final_softcap,
         entropy="entropy" in wants,
-        chunk=chunk_length(n, *model.head().shape),  # rows may be divided over devices
     )
     flat = jax.tree.map(lambda x: x.reshape(n, t), (logps, stats))
     return Decisions(logps=flat[0], stats=flat[1])
+
+
+def outweighs(config: TransformerConfig, tokens: int, params: PyTree) -> bool:
+    """Whether what layers keep of so many tokens takes more memory than training holds of the parameters anyway.
+
+    Kept: input, queries, keys, values, what they read, its sum with the input, gate and up. Held: float32 weights,
+    gradient and two moments.
+    """
+    heads = 2 * config.head_dim * (config.num_heads + config.num_kv_heads)
+    kept = config.num_layers * (2 * config.hidden_size + heads + 2 * config.intermediate_size)
+    leaves = jax.tree.leaves(params)
+    return tokens * kept * leaves[0].dtype.itemsize > 16 * sum(x.size for x in leaves)

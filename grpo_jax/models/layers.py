@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import rotate
+from grpo_jax.models.blocked import KEPT
 from grpo_jax.models.config import TransformerConfig
+from grpo_jax.models.kernels import by_context
 from grpo_jax.types import Key, PyTree
 
 
@@ -113,17 +116,17 @@ class Attention(nnx.Module):
     def project(self, x: Float[Array, "*N E"], angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         """Queries [*N, H, D], keys and values [*N, Hkv, D] at their positions."""
         config = self.config
-        query, key, value = (jnp.einsum("...e,ehd->...hd", x, w[...]) for w in (self.query, self.key, self.value))
+        query, key, value = (_to_heads(x, w[...]) for w in (self.query, self.key, self.value))
         if config.qkv_bias:
             query, key, value = query + self.query_bias, key + self.key_bias, value + self.value_bias
         if config.query_key_norm:
             query, key = norm(query, self.query_norm, config), norm(key, self.key_norm, config)
-        return rotate(query, *angles), rotate(key, *angles), value
+        return tuple(checkpoint_name(y, KEPT) for y in (rotate(query, *angles), rotate(key, *angles), value))
 
     def merge(self, heads: Float[Array, "*N H D"]) -> Float[Array, "*N E"]:
         # one contracted dimension: over two, XLA transposes both operands on some backends
         matrix = self.output[...]
-        out = heads.reshape(*heads.shape[:-2], -1) @ matrix.reshape(-1, matrix.shape[-1])
+        out = product(heads.reshape(*heads.shape[:-2], -1), matrix.reshape(-1, matrix.shape[-1]))
         return out + self.output_bias if self.config.output_bias else out
 
 
@@ -141,11 +144,11 @@ class FeedForward(nnx.Module):
             self.down_bias = weights.constant("layers norm", 0.0)
 
     def __call__(self, x: Float[Array, "*N E"]) -> Float[Array, "*N E"]:
-        gate, up = x @ self.gate[...], x @ self.up[...]
+        gate, up = (checkpoint_name(product(x, w[...]), KEPT) for w in (self.gate, self.up))
         if self.config.mlp_bias:
             gate, up = gate + self.gate_bias, up + self.up_bias
         active = jax.nn.silu(gate) if self.config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        out = (active * up) @ self.down[...]
+        out = product(active * up, self.down[...])
         return out + self.down_bias if self.config.mlp_bias else out
 
 
@@ -167,9 +170,36 @@ class Layer(nnx.Module):
         config = self.config
         heads, kept = mix(*self.attention.project(norm(x, self.attention_norm, config), angles))
         y = self.attention.merge(heads)
-        x = x + (norm(y, self.attention_post_norm, config) if config.post_norms else y)
+        x = checkpoint_name(x + (norm(y, self.attention_post_norm, config) if config.post_norms else y), KEPT)
         y = self.mlp(norm(x, self.mlp_norm, config))
-        return x + (norm(y, self.mlp_post_norm, config) if config.post_norms else y), kept
+        return by_context(x + (norm(y, self.mlp_post_norm, config) if config.post_norms else y)), kept
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "*N I"], matrix: Float[Array, "I O"]) -> Float[Array, "*N O"]:
+    """x @ matrix, with the matrix's gradient computed in the order in which the matrix lies.
+
+    JAX's own rule computes the transposed gradient and needs the slope transposed too, an array as large as the
+    activations, which can cost as much as the product.
+    """
+    return x @ matrix
+
+
+def _product_forward(x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ matrix, (x, matrix)
+
+
+def _product_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    x, matrix = kept
+    rows = [a.reshape(-1, a.shape[-1]) for a in (x, slope)]
+    return slope @ matrix.T, jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _to_heads(x: Float[Array, "*N E"], matrix: Float[Array, "E H D"]) -> Float[Array, "*N H D"]:
+    return product(x, matrix.reshape(matrix.shape[0], -1)).reshape(*x.shape[:-1], *matrix.shape[1:])
 
 
 def norm(x: Float[Array, "*N E"], weight: Float[Array, "E"], config: TransformerConfig) -> Float[Array, "*N E"]:

@@ -16,19 +16,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.attention import NOWHERE, Part, attend, rotary_frequencies
+from grpo_jax.models.attention import NOWHERE, rotary_frequencies
+from grpo_jax.models.blocked import KEPT, blocked_attention
+from grpo_jax.models.cached import KeysValues, arranged, attend_cached, written
 from grpo_jax.models.config import TransformerConfig
+from grpo_jax.models.kernels import attend_sequence, by_context, on_tpu
 from grpo_jax.models.layers import Layer, Weights, norm
 from grpo_jax.types import Key, PyTree
 
 UNROLLED = 2  # so few layers compile faster without a loop, and run faster: nothing is stacked for the backward pass
-
-
-class KeysValues(NamedTuple):
-    """Keys and values of all layers: of contexts [L, C, P, Hkv, D], or of the rows' own tokens [L, C, G, T, Hkv, D]."""
-
-    keys: Float[Array, "L C *rows Hkv D"]
-    values: Float[Array, "L C *rows Hkv D"]
 
 
 class _Setting(NamedTuple):
@@ -56,17 +52,15 @@ class Transformer(nnx.Module):
 
     def prefill(self, tokens: Int[Array, "C P"], lengths: Int[Array, "C"]) -> KeysValues:
         """Keys and values of contexts. Those at or beyond a context's length are finite and mean nothing."""
-        C, P = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (C, P))
+        P = tokens.shape[1]
 
         def layer(block: Layer, setting: _Setting, x: Array, _: None) -> tuple[Array, KeysValues]:
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
-                out = self._attend(query[:, None], positions, [Part(key, value, positions)], setting)
-                return out[:, 0], KeysValues(key, value)
+                return self._attend(query, key, value, lengths, setting, P=P), KeysValues(*arranged(key, value))
 
             return block(x, self._pick(angles, setting), mix)
 
-        angles = self._angles(positions[0])
+        angles = self._angles(jnp.arange(P, dtype=jnp.int32))
         return self._scan(layer, self._embed(tokens))[1]
 
     def decode(
@@ -82,30 +76,37 @@ class Transformer(nnx.Module):
         Column j stands at position prefix_lengths[c] + j and sees the prefix and the row's own columns up to j.
         Returns the hidden states after the final norm, and the cache with the new columns written.
         """
-        S, T, P = tokens.shape[2], own.keys.shape[3], prefix.keys.shape[2]
+        S, T = tokens.shape[2], own.values.shape[-2]
         if S > T:
             raise ValueError(f"decode got {S} tokens per row for an own cache of {T} columns")
         column = jnp.asarray(column, jnp.int32)
-        starts = prefix_lengths.astype(jnp.int32)[:, None]
-        shared = _context_positions(prefix_lengths, P)
-        columns = starts + jnp.arange(T, dtype=jnp.int32)
-        positions = starts + column + jnp.arange(S, dtype=jnp.int32)
+        lengths = prefix_lengths.astype(jnp.int32)
+        positions = lengths[:, None] + column + jnp.arange(S, dtype=jnp.int32)
 
-        def layer(block: Layer, setting: _Setting, carry: tuple, kept: KeysValues) -> tuple[tuple, None]:
+        def layer(block: Layer, setting: _Setting, carry: tuple, _: None) -> tuple[tuple, None]:
             x, own = carry
 
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
-                at = (setting.index, 0, 0, column, 0, 0)
-                # the whole cache is carried and only the new columns are written, so XLA updates it in place
-                new = (x.astype(own.keys.dtype)[None] for x in (key, value))
-                cache = KeysValues(*(jax.lax.dynamic_update_slice(c, x, at) for c, x in zip(own, new)))
-                mine = (jax.lax.dynamic_index_in_dim(c, setting.index, keepdims=False) for c in cache)
-                return self._attend(query, positions, [Part(*kept, shared), Part(*mine, columns)], setting), cache
+                # the whole cache is carried, so that XLA writes the new columns in place
+                cache = written(own, key, value, setting.index, column)
+                heard = attend_cached(
+                    query,
+                    positions,
+                    prefix,
+                    lengths,
+                    cache,
+                    setting.index,
+                    column + S,
+                    scale=self.config.score_scale,
+                    cap=self.config.attention_softcap,
+                    window=setting.window,
+                )
+                return heard, cache
 
             return block(x, self._pick(angles, setting), mix), None
 
         angles = self._angles(positions[:, None])
-        (x, own), _ = self._scan(layer, (self._embed(tokens), own), prefix)
+        (x, own), _ = self._scan(layer, (self._embed(tokens), own))
         return norm(x, self.norm, self.config), own
 
     def __call__(
@@ -119,23 +120,16 @@ class Transformer(nnx.Module):
         """Hidden states (after the final norm) of G rows per context; each context goes through the network once.
 
         Row column j stands at position prefix_lengths[c] + j; in every layer the rows see their context's keys and
-        values of that layer and their own up to j. `remat` recomputes each layer in the backward pass.
+        values of that layer and their own up to j. For the backward pass a layer keeps what its matrix products made,
+        and with `remat` nothing but its input.
         """
         (C, P), (_, G, T) = contexts.shape, tokens.shape
-        starts = prefix_lengths.astype(jnp.int32)[:, None]
         within = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (C, P))
-        shared = _context_positions(prefix_lengths, P)
-        columns = starts + jnp.arange(T, dtype=jnp.int32)
+        columns = prefix_lengths.astype(jnp.int32)[:, None] + jnp.arange(T, dtype=jnp.int32)
 
         def layer(block: Layer, setting: _Setting, x: Array, _: None) -> tuple[Array, None]:
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-                context, rows = zip(*(_parted(a, P, G) for a in (query, key, value)))
-                out = self._attend(rows[0], columns, [Part(*context[1:], shared), Part(*rows[1:], columns)], setting)
-                out = out.reshape(C, G * T, *out.shape[3:])
-                if P == 0:
-                    return out, None
-                first = self._attend(context[0][:, None], within, [Part(*context[1:], within)], setting)
-                return jnp.concatenate([first[:, 0], out], axis=1), None
+                return self._attend(query, key, value, prefix_lengths, setting, P=P, G=G), None
 
             return block(x, self._pick(angles, setting), mix)
 
@@ -147,8 +141,9 @@ class Transformer(nnx.Module):
 
     def empty(self, C: int, G: int, T: int, dtype: Any) -> KeysValues:
         """An own cache of zeros for C contexts of G rows of T columns."""
-        shape = (self.config.num_layers, C, G, T, self.config.num_kv_heads, self.config.head_dim)
-        return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        rows = (self.config.num_layers, C, G, self.config.num_kv_heads)
+        size = self.config.head_dim
+        return KeysValues(jnp.zeros((*rows, size, T), dtype), jnp.zeros((*rows, T, size), dtype))
 
     def head(self) -> Float[Array, "E V"]:
         """The matrix from hidden states to logits; `softcap(logits, config.final_softcap)` is left to the caller."""
@@ -156,7 +151,7 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "*N"]) -> Float[Array, "*N E"]:
         # clipped, because a stray padding id must stay finite: NaN survives a mask in the gradient
-        x = self.embedding[...].at[tokens].get(mode="clip")
+        x = by_context(self.embedding[...].at[tokens].get(mode="clip"))
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scale_embedding else x
 
     def _angles(self, positions: Int[Array, "*N"]) -> tuple[Float[Array, "K *N 1 half"], Float[Array, "K *N 1 half"]]:
@@ -169,16 +164,27 @@ class Transformer(nnx.Module):
     def _pick(self, angles: tuple[Array, Array], setting: _Setting) -> tuple[Array, Array]:
         return tuple(table[0 if setting.rope is None else setting.rope] for table in angles)
 
-    def _attend(self, query: Array, positions: Array, parts: list[Part], setting: _Setting) -> Array:
-        config = self.config
-        return attend(
-            query,
-            positions,
-            parts,
-            scale=config.score_scale,
-            softcap=config.attention_softcap,
-            window=setting.window,
-        )
+    def _attend(
+        self, query: Array, key: Array, value: Array, lengths: Array, setting: _Setting, *, P: int, G: int = 0
+    ) -> Float[Array, "C N H D"]:
+        """Attention of contexts [C, P] and of the tokens of G rows behind each, side by side."""
+        config, T = self.config, (query.shape[1] - P) // max(G, 1)
+        options = {"scale": config.score_scale, "softcap": config.attention_softcap}
+        if on_tpu():
+            window = None if setting.window is None else config.sliding_window
+            some = window is not None and not all(config.windowed)
+            windowed = setting.window < NOWHERE if some else None
+            return attend_sequence(query, key, value, lengths, P=P, T=T, window=window, windowed=windowed, **options)
+        options["window"] = setting.window
+        context, rows = zip(*(_parted(x, P, G) for x in (query, key, value)))
+        out = []
+        if P:
+            alone = blocked_attention(*(x[:, None] for x in context), None, jnp.zeros_like(lengths), **options)
+            out.append(alone[:, 0])
+        if G:
+            behind = blocked_attention(*rows, context[1:], lengths, **options)
+            out.append(behind.reshape(-1, G * T, *query.shape[2:]))
+        return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
 
     def _scan(self, layer: Callable, carry: PyTree, extra: PyTree = None, *, remat: bool = False) -> tuple[PyTree, Any]:
         """Run `layer(block, setting, carry, extra of that layer)` over all layers."""
@@ -195,7 +201,9 @@ class Transformer(nnx.Module):
             weights, setting, extra = inputs
             return layer(nnx.merge(graphdef, weights), setting, carry, extra)
 
-        body = jax.checkpoint(body, prevent_cse=False) if remat else body
+        policies = jax.checkpoint_policies
+        policy = policies.nothing_saveable if remat else policies.save_only_these_names(KEPT)
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         inputs = (nnx.to_pure_dict(weights), setting, extra)
         return jax.lax.scan(body, carry, inputs, unroll=config.num_layers <= UNROLLED)
 
@@ -246,11 +254,6 @@ def _describe(config: TransformerConfig, dtype: Any) -> tuple[nnx.GraphDef, PyTr
     return found["graphdef"], params, axes
 
 
-def _context_positions(lengths: Int[Array, "C"], P: int) -> Int[Array, "C P"]:
-    index = jnp.arange(P, dtype=jnp.int32)
-    return jnp.where(index < lengths[:, None], index, NOWHERE)
-
-
 def _parted(x: Float[Array, "C N H D"], P: int, G: int) -> tuple[Array, Array]:
     """[C, P + G·T, H, D] as the context's [C, P, H, D] and the rows' [C, G, T, H, D]."""
-    return x[:, :P], x[:, P:].reshape(x.shape[0], G, -1, *x.shape[2:])
+    return x[:, :P], x[:, P:].reshape(x.shape[0], G, -1, *x.shape[2:]) if G else x[:, P:]

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-from grpo_jax.rewards import limits, reading
+from grpo_jax.rewards import limits, reading, traced
 from grpo_jax.rewards.extraction import text_of
 from grpo_jax.rewards.specification import Reward, bind, check
 
@@ -20,10 +21,10 @@ from grpo_jax.rewards.specification import Reward, bind, check
 class ScoredBatch(NamedTuple):
     """What the reward functions said of a batch. N completions, K channels."""
 
-    scores: Float[np.ndarray, "N K"]  # float32, unweighted; NaN = does not apply, or failed and marked
+    scores: Float[np.ndarray | Array, "N K"]  # float32, unweighted; NaN = does not apply, or failed and marked
     channels: tuple[str, ...]  # K different names
     weights: Float[np.ndarray, " K"]  # float32
-    columns: dict[str, np.ndarray]  # [N, ...]: what functions returned beside their scores
+    columns: dict[str, Any]  # [N, ...]: what functions returned beside their scores
     failures: list[str]  # with on_error="mask": a message for each function that failed
 
 
@@ -39,6 +40,8 @@ class _Batch(NamedTuple):
     columns: Mapping[str, Any]
 
     def call(self, reward: Reward, seconds: float) -> Any:
+        if traced.is_in_graph(reward):
+            return limits.call(partial(traced.call, reward, self.columns), seconds)
         by_position, by_keyword = bind(reward, self.columns)
         given = {"prompts": self.prompts, "completions": self.completions, **self.columns}
         arguments, options = [given[name] for name in by_position], {name: given[name] for name in by_keyword}
@@ -128,9 +131,35 @@ def score(
     return ScoredBatch(
         scores=np.stack(scores, axis=1) if scores else np.zeros((len(completions), 0), np.float32),
         channels=_distinct([name for channels in found for name in channels]),
-        weights=np.array([_weight(r, name) for r, channels in zip(rewards, found) for name in channels], np.float32),
+        weights=_weights(rewards, found),
         columns=extra,
         failures=failures,
+    )
+
+
+def score_in_graph(rewards: Sequence[Reward], columns: Mapping[str, Array]) -> ScoredBatch:
+    """`score` in jit, where every reward is in-graph: scores and columns are traced arrays.
+
+    `columns`: what in-graph rewards take, `tokens` [N, T] among them. Raises: ValueError, as `traced.channels_of`.
+    """
+    found: list[dict[str, Array]] = []
+    extra: dict[str, Array] = {}
+    for reward in rewards:
+        channels, own_columns = traced.channels_of(reward, columns)
+        try:
+            _check_channels(reward, tuple(channels))
+        except reading.Malformed as error:
+            raise ValueError(f"{reward} {error}") from error
+        if clash := own_columns.keys() & extra.keys():
+            raise ValueError(f"{reward} returned the column {clash.pop()!r}, as a reward function before it did")
+        found.append(channels)
+        extra |= own_columns
+    return ScoredBatch(
+        scores=jnp.stack([values for channels in found for values in channels.values()], axis=1),
+        channels=_distinct([name for channels in found for name in channels]),
+        weights=_weights(rewards, found),
+        columns=extra,
+        failures=[],
     )
 
 
@@ -217,6 +246,10 @@ def _check_channels(reward: Reward, names: tuple[str, ...]) -> None:
             raise reading.Malformed(f"returned the channels {list(names)}, but has weights for {list(reward.weight)}")
     if names != _channels_of.setdefault(reward, names):
         raise reading.Malformed(f"returned the channels {list(names)}, earlier {list(_channels_of[reward])}: keep them")
+
+
+def _weights(rewards: Sequence[Reward], found: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.array([_weight(r, name) for r, channels in zip(rewards, found) for name in channels], np.float32)
 
 
 def _weight(reward: Reward, channel: str) -> float:

@@ -26,7 +26,7 @@ BUILT_IN: dict[str, Callable[..., RewardFn]] = {
     "regex": regex_format,
     "length": length_penalty,
 }
-STANDARD_COLUMNS = ("step", "prompt_id", "completion_ids", "finished", "lengths")
+STANDARD_COLUMNS = ("step", "prompt_id", "completion_ids", "tokens", "finished", "lengths")
 
 
 @dataclass(frozen=True, eq=False)

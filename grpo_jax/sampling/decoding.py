@@ -14,9 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.losses import chunk_length, chunked_logps
+from grpo_jax.losses import chunked_logps
 from grpo_jax.models import KeysValues, merge, softcap
+from grpo_jax.sampling.choice import Chosen, choose, restrict
+from grpo_jax.sampling.compaction import Grid, Regrouped, ladder, put_back, regroup
 from grpo_jax.types import Key, PyTree
+
+Restricts = tuple[str, ...]
 
 
 class Cells(NamedTuple):
@@ -48,115 +52,151 @@ class Drawn(NamedTuple):
     sampler_logps: Float[Array, "C G T"]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "restricts", "has_given"))
-def draw(graphdef, params: PyTree, cells: Cells, key: Key, *, restricts: bool, has_given: bool) -> Drawn:
+@partial(jax.jit, static_argnames=("graphdef", "restricts", "has_given", "shards"))
+def draw(
+    graphdef, params: PyTree, cells: Cells, key: Key, *, restricts: Restricts, has_given: bool, shards: int = 1
+) -> Drawn:
     """Fill every cell up to a stop or its budget.
 
-    The token at (prompt, index, t) is drawn with the key folded from those three, whatever cell it sits in.
+    The token at (prompt, index, t) is drawn with the key folded from those three, whatever cell it sits in. When half
+    of the rows are finished, the others go on in half as many cells, each device's among themselves.
 
-    restricts: whether any row has top-k, top-p, min-p or a minimum length (static; without it nothing is sorted).
+    restricts: which of "top_k", "top_p", "min_p" and "min_new" any row has (static; what none has costs nothing).
     has_given: whether any row has given decisions (static; they are scored in one parallel pass).
+    shards: devices over which the contexts are divided (static).
     """
     model = merge(graphdef, params)
     c, g, t_max = cells.given.shape
-    head, cap = model.head(), model.config.final_softcap
-    prefix_lengths = cells.context_lengths - 1
-    last = jnp.take_along_axis(cells.contexts, jnp.maximum(prefix_lengths, 0)[:, None], axis=1)
-    first = jnp.broadcast_to(last[:, :, None], (c, g, 1))
-    prefix = model.prefill(cells.contexts, jnp.maximum(prefix_lengths, 0))
-    own = model.empty(c, g, t_max, prefix.keys.dtype)
-    row_keys = _row_keys(key, cells.prompt_ids, cells.index)
-    scale = jnp.where(cells.temperature > 0, cells.temperature, 1.0)
+    prefix = model.prefill(cells.contexts, jnp.maximum(cells.context_lengths - 1, 0))
+    table = _Table(cells, prefix, jnp.arange(c * g, dtype=jnp.int32).reshape(c, g))
+    loop = _begin(model, table, has_given)
+    results = jax.tree.map(lambda x: x.reshape(c * g, *x.shape[2:]), loop.drawn)
+    grids = ladder(c, g, t_max, shards)
+    for grid, smaller in zip(grids, [*grids[1:], None]):
+        if grid is not grids[0]:
+            results = put_back(results, loop.drawn, table.rows)
+            table, loop = _regrouped(table, loop, regroup(loop.active, grid))
+        step = partial(_step, model, table, _row_keys(key, table.cells), restricts)
+        loop = jax.lax.while_loop(partial(_goes_on, t_max, smaller), step, loop)
+    results = put_back(results, loop.drawn, table.rows)
+    return jax.tree.map(lambda x: x.reshape(c, g, *x.shape[1:]), results)
 
-    sampler_logps = jnp.zeros((c, g, t_max), jnp.float32)
-    wants_more = cells.budget > cells.given_lengths
-    start = jnp.zeros((), jnp.int32)
-    if has_given:
-        inputs = jnp.concatenate([first, cells.given[..., :-1]], axis=-1)
-        hidden, own = model.decode(inputs, prefix, prefix_lengths, own, start)
-        there = jnp.arange(t_max) < cells.given_lengths[..., None]
-        chunk = chunk_length(c * g, *head.shape)  # cells may be divided over devices
-        logps, _ = chunked_logps(hidden, head, cells.given, temperature=scale, softcap=cap, chunk=chunk)
-        sampler_logps = jnp.where(there, logps, 0.0)
-        start = jnp.min(jnp.where(wants_more, cells.given_lengths, t_max))
 
-    class Loop(NamedTuple):
-        column: Int[Array, ""]
-        own: KeysValues
-        active: Bool[Array, "C G"]
-        drawn: Drawn
+class _Table(NamedTuple):
+    """The rows in hand and what stays of them: a cell each, the prefix of its context, and its number among all."""
 
-    def step(loop: Loop) -> Loop:
-        t, drawn = loop.column, loop.drawn
-        before = jax.lax.dynamic_index_in_dim(drawn.tokens, jnp.maximum(t - 1, 0), axis=2)
-        hidden, own = model.decode(jnp.where(t == 0, first, before), prefix, prefix_lengths, loop.own, t)
-        logits = jnp.einsum("cge,ev->cgv", hidden[:, :, 0], head, preferred_element_type=jnp.float32)
-        scaled = softcap(logits, cap) / scale[..., None]
-        token, behavior, sampler = _choose(scaled, cells, row_keys, t, restricts)
-        chosen = loop.active & (t >= cells.given_lengths)
-        tokens = _write(drawn.tokens, token, t, chosen)
-        stopped = chosen & (t >= cells.minimum) & _ends_in_stop(tokens, jnp.broadcast_to(t, (c, g)), cells)
-        exists = t + 1
-        lengths = jnp.where(chosen, exists, drawn.lengths)
-        drawn = Drawn(
-            tokens=tokens,
-            lengths=lengths,
-            finished=drawn.finished | stopped,
-            behavior_logps=_write(drawn.behavior_logps, behavior, t, chosen),
-            sampler_logps=_write(drawn.sampler_logps, sampler, t, chosen),
-        )
-        return Loop(exists, own, loop.active & ~stopped & (exists < cells.budget), drawn)
+    cells: Cells
+    prefix: KeysValues
+    rows: Int[Array, "C G"]
 
-    begun = Drawn(
+
+class _Loop(NamedTuple):
+    """What changes: decisions up to `column` are there."""
+
+    column: Int[Array, ""]
+    own: KeysValues
+    active: Bool[Array, "C G"]
+    drawn: Drawn
+
+
+def _begin(model, table: _Table, has_given: bool) -> _Loop:
+    """Nothing is drawn; given decisions are in the cache and scored."""
+    cells, (c, g, t_max) = table.cells, table.cells.given.shape
+    own = model.empty(c, g, t_max, table.prefix.keys.dtype)
+    wants_more, start = cells.budget > cells.given_lengths, jnp.zeros((), jnp.int32)
+    nothing = jnp.zeros((c, g, t_max), jnp.float32)
+    drawn = Drawn(
         tokens=cells.given,
         lengths=jnp.minimum(cells.given_lengths, cells.budget),
         finished=~wants_more & _ends_in_stop(cells.given, cells.given_lengths - 1, cells),
-        behavior_logps=jnp.zeros((c, g, t_max), jnp.float32),
-        sampler_logps=sampler_logps,
+        behavior_logps=nothing,
+        sampler_logps=nothing,
     )
-    loop = Loop(start, own, wants_more, begun)
-    return jax.lax.while_loop(lambda s: jnp.any(s.active) & (s.column < t_max), step, loop).drawn
+    if has_given:
+        inputs = jnp.concatenate([_first_inputs(cells), cells.given[..., :-1]], axis=-1)
+        hidden, own = model.decode(inputs, table.prefix, cells.context_lengths - 1, own, start)
+        there = jnp.arange(t_max) < cells.given_lengths[..., None]
+        options = {"temperature": _scale(cells), "softcap": model.config.final_softcap}
+        logps, _ = chunked_logps(hidden, model.head(), cells.given, **options)
+        drawn = drawn._replace(sampler_logps=jnp.where(there, logps, 0.0))
+        start = jnp.min(jnp.where(wants_more, cells.given_lengths, t_max))
+    return _Loop(start, own, wants_more, drawn)
 
 
-def _row_keys(key: Key, prompt_ids: Int[Array, "C G"], index: Int[Array, "C G"]) -> Key:
+def _goes_on(t_max: int, smaller: Grid | None, loop: _Loop) -> Bool[Array, ""]:
+    """Until all rows are finished, or the active ones fit into the next smaller grid."""
+    more = jnp.any(loop.active) & (loop.column < t_max)
+    return more if smaller is None else more & ~smaller.fits(loop.active)
+
+
+def _step(model, table: _Table, row_keys: Key, restricts: Restricts, loop: _Loop) -> _Loop:
+    """One more decision of every active row."""
+    cells, t, drawn = table.cells, loop.column, loop.drawn
+    before = jax.lax.dynamic_index_in_dim(drawn.tokens, jnp.maximum(t - 1, 0), axis=2)
+    inputs = jnp.where(t == 0, _first_inputs(cells), before)
+    hidden, own = model.decode(inputs, table.prefix, cells.context_lengths - 1, loop.own, t)
+    logits = jnp.einsum("cge,ev->cgv", hidden[:, :, 0], model.head(), preferred_element_type=jnp.float32)
+    scaled = softcap(logits, model.config.final_softcap) / _scale(cells)[..., None]
+    token, behavior, policy = _choose(scaled, cells, row_keys, t, restricts)
+    chosen = loop.active & (t >= cells.given_lengths)
+    tokens = _write(drawn.tokens, token, t, chosen)
+    stopped = chosen & (t >= cells.minimum) & _ends_in_stop(tokens, jnp.broadcast_to(t, chosen.shape), cells)
+    exists = t + 1
+    drawn = Drawn(
+        tokens=tokens,
+        lengths=jnp.where(chosen, exists, drawn.lengths),
+        finished=drawn.finished | stopped,
+        behavior_logps=_write(drawn.behavior_logps, behavior, t, chosen),
+        sampler_logps=_write(drawn.sampler_logps, policy, t, chosen),
+    )
+    return _Loop(exists, own, loop.active & ~stopped & (exists < cells.budget), drawn)
+
+
+def _regrouped(table: _Table, loop: _Loop, places: Regrouped) -> tuple[_Table, _Loop]:
+    """The active rows in the cells of a smaller grid."""
+    contexts = {name: places.of_contexts(getattr(table.cells, name)) for name in ("contexts", "context_lengths")}
+    apart = {*contexts, "stops"}
+    rows = {name: places.rows(x) for name, x in table.cells._asdict().items() if name not in apart}
+    cells = table.cells._replace(**contexts, **rows)
+    prefix = jax.tree.map(lambda x: places.of_contexts(x, axis=1), table.prefix)
+    numbers = jnp.where(places.there(), places.rows(table.rows), jnp.iinfo(jnp.int32).max)
+    own = jax.tree.map(lambda x: places.rows(x, axis=1), loop.own)
+    drawn = jax.tree.map(places.rows, loop.drawn)
+    return _Table(cells, prefix, numbers), _Loop(loop.column, own, places.rows(loop.active) & places.there(), drawn)
+
+
+def _first_inputs(cells: Cells) -> Int[Array, "C G 1"]:
+    """A row's first input is its context's last token."""
+    at = jnp.maximum(cells.context_lengths - 1, 0)[:, None]
+    last = jnp.take_along_axis(cells.contexts, at, axis=1)
+    return jnp.broadcast_to(last[:, :, None], (*cells.budget.shape, 1))
+
+
+def _scale(cells: Cells) -> Float[Array, "C G"]:
+    return jnp.where(cells.temperature > 0, cells.temperature, 1.0)
+
+
+def _row_keys(key: Key, cells: Cells) -> Key:
     fold = jax.vmap(lambda p, i: jax.random.fold_in(jax.random.fold_in(key, p), i))
-    return fold(prompt_ids.reshape(-1), index.reshape(-1))
+    return fold(cells.prompt_ids.reshape(-1), cells.index.reshape(-1))
 
 
-def _choose(scaled: Float[Array, "C G V"], cells: Cells, row_keys: Key, t: Array, restricts: bool):
-    """One token per row by the Gumbel maximum, its log-prob under what it was drawn from, and under the policy."""
-    c, g, v = scaled.shape
-    noise = jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, t), (v,)))(row_keys).reshape(c, g, v)
-    greedy = (cells.temperature == 0)[..., None]
-    allowed = _restricted(scaled, cells, t) if restricts else scaled
-    token = jnp.argmax(jnp.where(greedy, allowed, allowed + noise), axis=-1).astype(jnp.int32)
-    policy = _pick(scaled, token) - jax.nn.logsumexp(scaled, axis=-1)
-    behavior = _pick(allowed, token) - jax.nn.logsumexp(allowed, axis=-1) if restricts else policy
-    return token, jnp.where(greedy[..., 0], 0.0, behavior), policy
+def _choose(scaled: Float[Array, "C G V"], cells: Cells, row_keys: Key, t: Array, restricts: Restricts) -> Chosen:
+    """One token per row; the two random numbers of row and decision come from a key of their own."""
+    draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))
+    asked = {name: getattr(cells, name) for name in ("top_k", "top_p", "min_p") if name in restricts}
+    if "min_new" in restricts:
+        asked["forbidden"] = (t < cells.minimum)[..., None] & _stop_tokens(cells, scaled.shape[-1])
+    allowed = restrict(scaled, **asked) if asked else None
+    uniforms = draw(row_keys).reshape(*cells.budget.shape, 2)
+    return choose(scaled, uniforms, greedy=cells.temperature == 0, allowed=allowed)
 
 
-def _pick(values: Float[Array, "C G V"], token: Int[Array, "C G"]) -> Float[Array, "C G"]:
-    return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
-
-
-def _restricted(scaled: Float[Array, "C G V"], cells: Cells, t: Array) -> Float[Array, "C G V"]:
-    """-inf for stop tokens before the minimum length; then outside top-k, then top-p of what is left, then min-p."""
-    v = scaled.shape[-1]
+def _stop_tokens(cells: Cells, v: int) -> Bool[Array, "C G V"]:
+    """The tokens that end a row by themselves."""
     single = (cells.stops >= 0).sum(axis=1) == 1
     at = jnp.where(single, cells.stops[:, -1], v)
-    stop_tokens = jnp.zeros((*cells.budget.shape, v + 1), bool).at[..., at].max(cells.stops_apply & single)[..., :v]
-    early = (t < cells.minimum)[..., None]
-    scaled = jnp.where(early & stop_tokens, -jnp.inf, scaled)
-    ordered = jnp.sort(scaled, axis=-1, descending=True)
-    k = jnp.where(cells.top_k > 0, jnp.minimum(cells.top_k, v), v)[..., None]
-    kept = jnp.where(jnp.arange(v) < k, ordered, -jnp.inf)
-    mass = jax.nn.softmax(kept, axis=-1)
-    before = jnp.cumsum(mass, axis=-1) - mass  # mass of the likelier tokens: the most likely one is always kept
-    top_p = jnp.where(cells.top_p < 1, cells.top_p, jnp.inf)[..., None]  # at 1, rounding must not cut the tail
-    kept = jnp.where((before < top_p) | (jnp.arange(v) == 0), kept, -jnp.inf)
-    kept = jnp.where(kept >= kept[..., :1] + jnp.log(cells.min_p)[..., None], kept, -jnp.inf)
-    lowest = jnp.min(jnp.where(kept > -jnp.inf, kept, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(scaled >= lowest, scaled, -jnp.inf)
+    return jnp.zeros((*cells.budget.shape, v + 1), bool).at[..., at].max(cells.stops_apply & single)[..., :v]
 
 
 def _write(values: Array, new: Array, t: Array, where: Bool[Array, "C G"]) -> Array:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.models import evaluate
+from grpo_jax.sampling import traced
 from grpo_jax.sampling.decoding import Cells, Drawn, draw
 from grpo_jax.sampling.requests import Rows, bucket, cells_of, expand, pack, rollout_of
 from grpo_jax.types import Batch, Decisions, Domain, Key, Prompt, PyTree, Request, Rollout
@@ -39,10 +40,25 @@ class LanguageModel:
     options: Mapping[str, Any] = field(default_factory=dict)  # top_k, top_p, min_p, min_new
     stop: tuple[str, ...] = ()
     compute_dtype: Any = None  # None: the parameters' own
-    remat: bool = False
+    remat: bool | None = None
 
     def domain(self) -> Domain:
-        return Domain(sample=self.sample, evaluate=self.evaluate, text=self.text)
+        return Domain(
+            sample=self.sample,
+            evaluate=self.evaluate,
+            text=self.text,
+            prepare=partial(traced.prepare, self),
+            draw=partial(traced.draw_rows, self),
+        )
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the mesh cuts rows."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def on_mesh(self) -> Any:
+        """What a model's programs are traced in: it says where activations lie, and which kernels there are."""
+        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
 
     def graphdef(self, role: str) -> Any:
         return self.graphdefs.get(role, self.graphdefs["policy"])
@@ -60,7 +76,30 @@ class LanguageModel:
         if len(roles) != 1:
             raise ValueError(f"one call of sample serves one role, got requests of {sorted(roles) or 'no role at all'}")
         (role,) = roles
-        rows = expand(
+        rows = self.rows_of(requests, Counter() if numbers is None else numbers)
+        only_given = (rows.budget == rows.given_lengths).all()
+        if only_given and not rows.options["score"].any():
+            return rollout_of(rows, None, role=role)
+        decisions = self._decisions(rows.given.shape[1])
+        context_width = max(bucket(self.max_prompt), bucket(rows.contexts.tokens.shape[1]))
+        width, slots = self._cells(rows, context_width, decisions)
+        launches = pack(rows, width=width, slots=slots)
+        role_key, weights = traced.key_of(role, key), self.weights(params, role)
+        results = []
+        options = {"restricts": rows.restricts, "has_given": bool(rows.given_lengths.any()), "shards": self.shards}
+        for launch in launches:  # all are dispatched before the first is read
+            cells = self._place(cells_of(rows, launch, context_width=context_width, decisions=decisions))
+            with self.on_mesh():
+                results.append(draw(self.graphdef(role), weights, cells, role_key, **options))
+        return rollout_of(rows, self._gather(results, launches, rows.given.shape[1]), role=role)
+
+    def weights(self, params: Mapping[str, PyTree], role: str) -> PyTree:
+        """What a role computes with."""
+        return cast(params.get(role, params["policy"]), self.compute_dtype)
+
+    def rows_of(self, requests: Sequence[Request], numbers: Counter) -> Rows:
+        """The rows that the requests ask for, before any is drawn."""
+        return expand(
             requests,
             encode=self.tokenizer.encode_prompt,
             encode_text=self.tokenizer.encode,
@@ -71,42 +110,14 @@ class LanguageModel:
                 "stop": self.stop,
                 **self.options,
             },
-            numbers=Counter() if numbers is None else numbers,
+            numbers=numbers,
         )
-        only_given = (rows.budget == rows.given_lengths).all()
-        if only_given and not rows.options["score"].any():
-            return rollout_of(rows, None, role=role)
-        decisions = self._decisions(rows.given.shape[1])
-        context_width = max(bucket(self.max_prompt), bucket(rows.contexts.tokens.shape[1]))
-        width, slots = self._cells(rows, context_width, decisions)
-        launches = pack(rows, width=width, slots=slots)
-        restricts = bool(
-            (rows.options["top_k"] > 0).any()
-            or (rows.options["top_p"] < 1).any()
-            or (rows.options["min_p"] > 0).any()
-            or (rows.options["min_new"] > 0).any()
-        )
-        role_key = jax.random.fold_in(key, zlib.crc32(role.encode()) & 0x7FFFFFFF)
-        weights = cast(params.get(role, params["policy"]), self.compute_dtype)
-        results = []
-        for launch in launches:  # all are dispatched before the first is read
-            cells = cells_of(rows, launch, context_width=context_width, decisions=decisions)
-            results.append(
-                draw(
-                    self.graphdef(role),
-                    weights,
-                    self._place(cells),
-                    role_key,
-                    restricts=restricts,
-                    has_given=bool(rows.given_lengths.any()),
-                )
-            )
-        return rollout_of(rows, self._gather(results, launches, rows.given.shape[1]), role=role)
 
     def evaluate(self, params: PyTree, batch: Batch, role: str, wants: Sequence[str] = ()) -> Decisions:
         """log-probs of a batch whose rows lie in equal runs under its contexts. In jit."""
         weights = cast(params, self.compute_dtype)
-        return evaluate(self.graphdef(role), weights, batch, wants=wants, remat=self.remat)
+        with self.on_mesh():
+            return evaluate(self.graphdef(role), weights, batch, wants=wants, remat=self.remat)
 
     def text(self, rollout: Rollout) -> list[str]:
         """Completions as text, without stop tokens and other specials."""
@@ -126,7 +137,7 @@ class LanguageModel:
         streams through one program; otherwise what is asked for, with less than a fifth of padding. Never more than the
         budget of tokens allows.
         """
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        shards = self.shards
         counts = np.unique(rows.sampled_under, return_counts=True)[1]
         contexts, width = self.cells or (0, int(np.median(counts)))
         if counts.max() == 1:

@@ -39,6 +39,12 @@ class Rows(NamedTuple):
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
+    @property
+    def restricts(self) -> tuple[str, ...]:
+        """The options by which any row is drawn from less than the whole distribution."""
+        off = {name: OPTIONS[name] for name in ("top_k", "top_p", "min_p", "min_new")}
+        return tuple(name for name, value in off.items() if (self.options[name] != value).any())
+
 
 def bucket(n: int, *, least: int = 8, step: int = 256) -> int:
     """n rounded up to a power of two, or from `step` on to a multiple of it: the few sizes that get compiled."""
@@ -185,16 +191,20 @@ def _numeric_columns(requests: Sequence[Request], counts: Sequence[int]) -> dict
 
 def pack(rows: Rows, *, width: int, slots: int) -> list[np.ndarray]:
     """Launches of the sampler: arrays [slots, width] of row numbers, -1 = padding; one context per slot."""
-    filled: list[np.ndarray] = []
-    order = np.argsort(rows.sampled_under, kind="stable")
-    bounds = np.flatnonzero(np.diff(rows.sampled_under[order])) + 1
-    for members in np.split(order, bounds):
-        for start in range(0, len(members), width):
-            part = members[start : start + width]
-            filled.append(np.pad(part, (0, width - len(part)), constant_values=-1))
-    filled += [np.full(width, -1)] * (-len(filled) % slots)
-    table = np.stack(filled)
+    table = side_by_side(rows.sampled_under, width=width, of=slots)
     return [table[i : i + slots] for i in range(0, len(table), slots)]
+
+
+def side_by_side(owners: np.ndarray, *, width: int, of: int) -> np.ndarray:
+    """A table [S, width] of row numbers: those of one owner in a run of slots, owners ascending, -1 where there is
+    none. S is a multiple of `of`."""
+    order, at = np.argsort(owners, kind="stable"), np.arange(len(owners))
+    starts = np.diff(owners[order], prepend=-1) != 0
+    within = at - np.maximum.accumulate(np.where(starts, at, 0))
+    slots = np.cumsum(within % width == 0)
+    table = np.full((-(-int(slots.max(initial=0)) // of) * of, width), -1)
+    table[slots - 1, within % width] = order
+    return table
 
 
 def cells_of(rows: Rows, launch: np.ndarray, *, context_width: int, decisions: int) -> Cells:

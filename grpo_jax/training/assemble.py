@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from grpo_jax import data, models, rewards
 from grpo_jax.references import load_function
 from grpo_jax.sampling import LanguageModel, bucket
+from grpo_jax.training.batches import put
 from grpo_jax.training.configuration import Config
 from grpo_jax.training.deal import Layout, choose_layout
+from grpo_jax.training.keys import fold
 from grpo_jax.training.mesh import make_mesh, shards
 from grpo_jax.training.step import Policy, begin
-from grpo_jax.types import Method, Prompt, PyTree, Rollout
+from grpo_jax.types import Batch, Method, Prompt, PyTree, Request, Rollout
+
+if TYPE_CHECKING:
+    from grpo_jax.training.loop import Run
 
 # Sampling keeps no activations: a launch holds this many times the tokens that a micro-batch of training does.
 SAMPLING_TOKENS = 8
@@ -175,7 +182,41 @@ class Verifier:
     ) -> None:
         self.functions, self.time_limit, self.on_error = tuple(functions), time_limit, on_error
         rewards.check(self.functions, [*columns, *rewards.STANDARD_COLUMNS])
-        self.failures: list[str] = []
+        self.columns, self.failures = tuple(columns), []
+
+    def unscored(self, rows: Rollout) -> Rollout:
+        """The rollout with the channels that its scores are expected to have."""
+        none = rewards.score(self.functions, [], [], dict.fromkeys([*self.columns, *rewards.STANDARD_COLUMNS], ()))
+        return rows.replace(
+            scores=np.full((len(rows), len(none.channels)), np.nan, np.float32),
+            channels=tuple(none.channels),
+            channel_weights=tuple(float(w) for w in none.weights),
+        )
+
+    @property
+    def on_the_host(self) -> list[str]:
+        """The reward functions that are not in-graph."""
+        return [reward.name for reward in self.functions if not rewards.is_in_graph(reward)]
+
+    def trace(self, batch: Batch, step: Array) -> Batch:
+        """The batch with what in-graph reward functions say of it, in jit; NaN in padding rows."""
+        real = batch.prompt_ids >= 0
+        columns = {
+            **batch.columns,
+            "step": step,
+            "prompt_id": batch.prompt_ids,
+            "tokens": batch.completions,
+            "finished": batch.finished,
+            "lengths": batch.lengths,
+        }
+        scored = rewards.score_in_graph(self.functions, columns)
+        own = {k: jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for k, x in scored.columns.items()}
+        return batch.replace(
+            scores=jnp.where(real[:, None], scored.scores, jnp.nan),
+            channels=tuple(scored.channels),
+            channel_weights=tuple(float(w) for w in scored.weights),
+            columns={**batch.columns, **own},
+        )
 
     def take_failures(self) -> list[str]:
         """What failed since this was last asked, where failures are marked and not raised."""
@@ -189,6 +230,7 @@ class Verifier:
             "step": step,
             "prompt_id": rows.prompt_ids.tolist(),
             "completion_ids": [ids[:n].tolist() for ids, n in zip(rows.completions, rows.lengths)],
+            "tokens": rows.completions,
             "finished": rows.finished.tolist(),
             "lengths": rows.lengths.tolist(),
         }
@@ -211,11 +253,21 @@ class Verifier:
         )
 
 
+def blank_batch(language: LanguageModel, run: Run) -> Batch:
+    """A batch of the shapes that the run's batches will have, as far as can be told, in which nothing was drawn."""
+    token = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    nothing = Request(next(iter(run.pool)), prefix=token, max_new=0, options={"score": False})
+    rows = run.verify.unscored(language.sample({}, [nothing], fold(0)))
+    return put(rows, run.layout, run.mesh, updates=run.updates)
+
+
 def roles_of(method: Method, params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> dict[str, Policy]:
     """The policy and the other roles: copies of it, or models of the same architecture from a path."""
     policies = {"policy": begin(params, optimizer, mesh)}
+    places = jax.tree.map(lambda x: x.sharding, params)
+    copied = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=places)  # one program, not one for each leaf
     for name, role in method.roles.items():
-        start = jax.tree.map(jnp.copy, params) if role.start == "policy" else _same(role.start, params)
+        start = copied(params) if role.start == "policy" else _same(role.start, params)
         policies[name] = begin(start, optimizer, mesh) if role.train else Policy(start)
     return policies
 

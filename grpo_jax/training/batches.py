@@ -14,8 +14,13 @@ from grpo_jax.types import Batch, Contexts, Rollout
 
 
 def put(rows: Rollout, layout: Layout, mesh: Mesh, *, updates: int) -> Batch:
-    """Onto the mesh, padded to few sizes: padding rows weigh nothing and stand in no group. Every array is replicated:
-    statistics over rows are then the same bits whatever the mesh. Empty completions get weight 0."""
+    """Onto the mesh, padded to few sizes. Every array is replicated: statistics over rows are then the same bits
+    whatever the mesh."""
+    return replicate(padded(rows, layout, updates=updates), mesh)
+
+
+def padded(rows: Rollout, layout: Layout, *, updates: int) -> Batch:
+    """Padding rows weigh nothing and stand in no group. Empty completions get weight 0."""
     n, t = rows.completions.shape
     c, p = rows.contexts.tokens.shape
     slots = layout.contexts * layout.sweeps * updates  # what a whole step fills: fewer rows do not change a shape
@@ -25,33 +30,38 @@ def put(rows: Rollout, layout: Layout, mesh: Mesh, *, updates: int) -> Batch:
     fill |= dict.fromkeys(("behavior_logps", "scores"), np.nan)
     wide = {"completions", "completion_mask", "behavior_logps", "sampler_logps", "unit_ids"}
 
-    def padded(name: str, x: Any) -> np.ndarray:
+    def resized(name: str, x: Any) -> np.ndarray:
         x = np.asarray(x)
-        shape = [(0, size - n)] + [(0, 0)] * (x.ndim - 1)
+        shape = [size, *x.shape[1:]]
         if name in wide or (x.ndim > 1 and x.shape[1] == t and name != "scores"):
-            shape[1] = (0, decisions - t)
-        value = fill.get(name, np.array(0, x.dtype).item())
-        return np.pad(x, shape, constant_values=value)
+            shape[1] = decisions
+        return _enlarged(x, shape, fill.get(name, 0))
 
     apart = {"contexts", "columns", "role", "channels", "channel_weights"}
     names = [field.name for field in dataclasses.fields(Rollout) if field.name not in apart]
-    fields = {f: padded(f, getattr(rows, f)) for f in names if getattr(rows, f) is not None}
+    fields = {f: resized(f, getattr(rows, f)) for f in names if getattr(rows, f) is not None}
     fields["weights"] = np.where(fields["completion_mask"].any(axis=1), fields["weights"], 0).astype(np.float32)
-    more = (0, contexts_size - c)
     contexts = Contexts(
-        tokens=np.pad(rows.contexts.tokens, (more, (0, context_width - p))),
-        lengths=np.pad(rows.contexts.lengths, more),
-        extras={k: np.pad(v, [more] + [(0, 0)] * (v.ndim - 1)) for k, v in rows.contexts.extras.items()},
+        tokens=_enlarged(rows.contexts.tokens, [contexts_size, context_width]),
+        lengths=_enlarged(rows.contexts.lengths, [contexts_size]),
+        extras={k: _enlarged(v, [contexts_size, *v.shape[1:]]) for k, v in rows.contexts.extras.items()},
     )
-    batch = Batch(
+    return Batch(
         contexts=contexts,
-        columns={k: padded(k, v) for k, v in rows.columns.items()},
+        columns={k: resized(k, v) for k, v in rows.columns.items()},
         role=rows.role,
         channels=rows.channels,
         channel_weights=rows.channel_weights,
         **fields,
     )
-    return replicate(batch, mesh)
+
+
+def _enlarged(x: np.ndarray, shape: list[int], value: Any = 0) -> np.ndarray:
+    if list(x.shape) == shape:
+        return x
+    whole = np.full(shape, value, x.dtype)
+    whole[tuple(map(slice, x.shape))] = x
+    return whole
 
 
 def _fit(n: int, size: int) -> int:

@@ -15,6 +15,9 @@ from pydantic import ValidationError
 
 from grpo_jax.training.sections import Config
 
+# A resumed run may train longer, and evaluate, save and log otherwise; the rest of its configuration stays.
+KEPT = ("seed", "model", "data", "rewards", "method", "batch", "training", "sampling", "optimizer", "warmup")
+
 
 class ConfigurationError(ValueError):
     """What is wrong with a configuration: the place, the dotted key, what was given and what is expected."""
@@ -52,6 +55,15 @@ def parse(values: Mapping[str, Any]) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML; `load_config` of it gives an equal one."""
     return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def check_same_run(before: Config, now: Config) -> None:
+    """Raises: ValueError if a run that was begun with one configuration cannot go on with the other."""
+    if changed := [key for key in KEPT if getattr(before, key) != getattr(now, key)]:
+        raise ValueError(
+            f"{now.directory} holds a run with another {', '.join(changed)}; a resumed run is the same run. "
+            "Choose another name or directory, or the configuration that is saved there (config.yaml)"
+        )
 
 
 def describe() -> list[Row]:

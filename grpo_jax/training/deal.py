@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grpo_jax.sampling.requests import side_by_side
+
 
 class Layout(NamedTuple):
     """The static shape of training: contexts and rows per context of one micro-batch, over the whole mesh."""
@@ -56,20 +58,16 @@ def choose_layout(
 
 def lay_out(under: np.ndarray, rows: np.ndarray, layout: Layout, *, capacity: int = 1) -> Part:
     """Cells for these rows, those of one context side by side. `capacity`: the fewest micro-batches in its shape."""
-    slots = []
-    under = np.asarray(under)[rows]
-    for context in dict.fromkeys(under.tolist()):
-        members = rows[under == context]
-        for start in range(0, len(members), layout.rows):
-            part = members[start : start + layout.rows]
-            slots.append(np.pad(part, (0, layout.rows - len(part)), constant_values=-1))
-    count = -(-len(slots) // layout.contexts)
+    contexts, first, owners = np.unique(np.asarray(under)[rows], return_index=True, return_inverse=True)
+    rank = np.empty(len(contexts), np.int64)
+    rank[np.argsort(first)] = np.arange(len(contexts))
+    table = side_by_side(rank[owners], width=layout.rows, of=1)
+    count = -(-len(table) // layout.contexts)
     sweeps = max(capacity, 1)
     while sweeps < count:
         sweeps *= 2
     order = np.full((sweeps * layout.contexts, layout.rows), -1, np.int32)
-    if slots:
-        order[: len(slots)] = np.stack(slots)
+    order[: len(table)] = np.where(table < 0, -1, np.append(rows, -1)[table])
     return Part(order.reshape(sweeps, layout.contexts, layout.rows), count)
 
 

@@ -7,10 +7,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import jax
+
+from grpo_jax.training.compilation import Explanations
 
 
 class Clock:
@@ -61,31 +63,41 @@ class Clock:
 
 
 class Compilations(NamedTuple):
-    """What XLA compiled (or fetched from its cache) in some span of a run."""
+    """What XLA compiled (or fetched from its cache on disk) in some span of a run."""
 
     count: int
     seconds: float
     names: Counter[str]  # by function, "jit(step)"
+    fetched: int = 0  # how many of them came from the cache
+    causes: tuple[str, ...] = ()  # where they were `explained`: "step: batch['x'] is f32[4,7], was f32[4,5]"
 
 
 class CompileCounter:
     """Counts XLA compilations from its creation (or the start of its `with` block) to `close`.
 
     `total` holds all of them, `lap()` those since the last lap; a function compiled more than once is in
-    `recompiled()`. Costs nothing between compilations. (`jax_explain_cache_misses` makes JAX log the reason of each.)
+    `recompiled()`. Costs nothing between compilations.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # compilation may happen on any thread
         self._events: list[tuple[str, float]] = []
+        self._fetched: list[int] = []  # how many compilations had ended before each hit of the cache
+        self._causes: list[tuple[int, str]] = []
         self._lapped = 0
         self._open = True
         jax.monitoring.register_event_duration_secs_listener(self._hear)
+        jax.monitoring.register_event_listener(self._hear_of_cache)
 
     def _hear(self, event: str, seconds: float, **details: Any) -> None:
         if event.endswith("/backend_compile_duration"):
             with self._lock:
                 self._events.append((str(details.get("fun_name", "unnamed")), seconds))
+
+    def _hear_of_cache(self, event: str, **details: Any) -> None:
+        if event.endswith("/compilation_cache/cache_hits"):
+            with self._lock:
+                self._fetched.append(len(self._events))
 
     @property
     def total(self) -> Compilations:
@@ -102,10 +114,15 @@ class CompileCounter:
         """Functions that were compiled more than once, and how often: each is a new shape, dtype or sharding."""
         return {name: count for name, count in self.total.names.items() if count > 1}
 
+    def explained(self) -> AbstractContextManager[None]:
+        """In this context it is also found out what differs, for each compilation, from the nearest one before."""
+        return Explanations(self._note)
+
     def close(self) -> None:
         """Stop counting; what was counted stays readable."""
         if self._open:
             jax.monitoring.unregister_event_duration_listener(self._hear)
+            jax.monitoring.unregister_event_listener(self._hear_of_cache)
         self._open = False
 
     def __enter__(self) -> CompileCounter:
@@ -117,7 +134,15 @@ class CompileCounter:
     def _since(self, start: int) -> Compilations:
         with self._lock:
             events = self._events[start:]
-        return Compilations(len(events), sum(s for _, s in events), Counter(name for name, _ in events))
+            fetched = sum(at >= start for at in self._fetched)
+            causes = [cause for at, cause in self._causes if at >= start]
+        names = Counter(name for name, _ in events)
+        of_these = [cause for cause in causes if f"jit({cause.partition(':')[0]})" in names]  # not of what they call
+        return Compilations(len(events), sum(s for _, s in events), names, fetched, tuple(dict.fromkeys(of_these)))
+
+    def _note(self, cause: str) -> None:
+        with self._lock:
+            self._causes.append((len(self._events), cause))
 
 
 def memory() -> dict[str, float]:

@@ -127,12 +127,13 @@ def follow(policies: dict[str, Policy], roles: Mapping[str, Any], step: int) -> 
             continue
         rate, every = role.follow
         if (step + 1) % every == 0:
-            moved = _toward(policies[name].params, policies["policy"].params, rate)
+            moved = toward(policies[name].params, policies["policy"].params, rate)
             policies[name] = policies[name]._replace(params=moved)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _toward(params: Any, target: Any, rate: float) -> Any:
+def toward(params: Any, target: Any, rate: float) -> Any:
+    """params, moved towards target by a share."""
     return jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, params, target)  # rate 1 is a copy, to the bit
 
 

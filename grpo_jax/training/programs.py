@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from grpo_jax.training.deal import lay_out
+from grpo_jax.training.ahead import Ahead, compiled
+from grpo_jax.training.deal import Part, lay_out
 from grpo_jax.training.keys import fold
 from grpo_jax.training.step import Evaluate, Policy, evaluate_all, train_step
 from grpo_jax.types import Batch, Decisions, Key
@@ -24,11 +26,11 @@ class Compiled:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._evaluate = jax.jit(self._evaluate_role, static_argnames=("role",))
-        self._shape = jax.jit(self._shape_batch)
+        self._shape = jax.jit(self.shape_in_graph)
         # A policy comes back as it went in: the compiler may not move it to another layout, and so recompile.
         self._update = {
             role: jax.jit(
-                partial(self._train_step, role=role),
+                partial(self.update_in_graph, role=role),
                 static_argnames=("first",),
                 donate_argnums=0,
                 out_shardings=(jax.tree.map(lambda x: x.sharding, policy), None),
@@ -37,10 +39,32 @@ class Compiled:
             if policy.optimizer is not None
         }
         self._asks_for_old: bool | None = None
+        self._ahead: Ahead | None = None
+
+    def ahead(self, batch: Batch) -> Ahead:
+        """Compile on another thread, in the order of need, what batches of these shapes go through. Nothing runs."""
+        run, rows, twin = self.run, np.flatnonzero(jax.device_get(batch.prompt_ids) >= 0), copy.copy(self)
+        twin._evaluate, twin._shape = partial(compiled, self._evaluate), partial(compiled, self._shape)
+        twin._update = {role: partial(compiled, program) for role, program in self._update.items()}
+
+        def evaluate(batch: Batch) -> Batch:
+            made = twin.evaluate(batch)
+            self._asks_for_old = twin._asks_for_old  # two threads that trace one function at a time trace it twice
+            return made
+
+        def update(both: Any, first: bool) -> Any:
+            twin.update(*both, rows, first=first)
+            return both
+
+        updates = [partial(update, first=True), partial(update, first=False)][: run.updates * run.passes]
+        shape = lambda batch: twin.shape(batch, run.state.arrays, fold(0))  # noqa: E731
+        self._ahead = Ahead(batch, evaluate, shape, *updates)
+        return self._ahead
 
     def evaluate(self, batch: Batch) -> Batch:
         """`ref` where the method has a reference; `old` where something will ask for it."""
         run = self.run
+        self._wait(0, batch)
         if "reference" in run.policies and batch.role == "policy":
             batch = batch.replace(ref=self._pass(batch, "reference", "trained_under"))
         return self.with_old(batch) if self._needs_old(batch) else batch
@@ -51,22 +75,29 @@ class Compiled:
 
     def shape(self, batch: Batch, arrays: Any, key: Key) -> tuple[Batch, Any]:
         """rewards, then advantages; jit, global."""
+        self._wait(1, batch)
         edited, arrays = self._shape(batch, arrays, key)
         return batch.replace(**edited), arrays
 
     def update(self, batch: Batch, arrays: Any, rows: np.ndarray, *, first: bool) -> tuple[Policy, dict[str, Any]]:
         run = self.run
-        part = self._cells(batch, "trained_under", rows, run.layout.sweeps)
+        self._wait(2 if first else 3, (batch, arrays))
+        part = self.cells(batch, "trained_under", rows, run.layout.sweeps)
         step = self._update[batch.role]
         return step(run.policies[batch.role], batch, arrays, part.order, np.int32(part.count), first=first)
 
+    def _wait(self, stage: int, arguments: Any) -> None:
+        if self._ahead is not None:
+            self._ahead.wait(stage, arguments)
+
     def _pass(self, batch: Batch, role: str, which: str) -> Decisions:
         rows = np.flatnonzero(np.asarray(jax.device_get(batch.prompt_ids)) >= 0)
-        part = self._cells(batch, which, rows, self.run.layout.sweeps * self.run.updates)
+        part = self.cells(batch, which, rows, self.run.layout.sweeps * self.run.updates)
         under, params = getattr(batch, which), self.run.policies[role].params
         return self._evaluate(params, batch, under, part.order, np.int32(part.count), role=role)
 
-    def _cells(self, batch: Batch, which: str, rows: np.ndarray, capacity: int):
+    def cells(self, batch: Batch, which: str, rows: np.ndarray, capacity: int) -> Part:
+        """Micro-batches of these rows, each row beside the others of its context; room for at least `capacity`."""
         layout = self.run.layout
         under = np.asarray(jax.device_get(getattr(batch, which)))
         counts = np.unique(under[rows], return_counts=True)[1]
@@ -77,15 +108,21 @@ class Compiled:
 
     def _needs_old(self, batch: Batch) -> bool:
         pointers = jax.device_get((batch.sampled_under, batch.trained_under))
-        if self.run.updates * self.run.passes > 1 or not np.array_equal(*pointers):
-            return True
+        return self.run.updates * self.run.passes > 1 or not np.array_equal(*pointers) or self.asks_for_old(batch)
+
+    def asks_for_old(self, batch: Batch) -> bool:
+        """Whether a seam reads the old policy's log-probs."""
         if self._asks_for_old is None:
             try:
-                jax.eval_shape(self._shape_batch, batch.replace(old=None), self.run.state.arrays, fold(0))
+                jax.eval_shape(self.shape_in_graph, batch.replace(old=None), self.run.state.arrays, fold(0))
                 self._asks_for_old = False
             except (AttributeError, TypeError):  # None.logps: a seam reads the old policy
                 self._asks_for_old = True
         return self._asks_for_old
+
+    def pass_in_graph(self, params: Any, batch: Batch, order, count, *, role: str) -> Decisions:
+        """What a role says of every row under the one context that it has, in jit."""
+        return self._evaluate_role(params, batch, batch.trained_under, order, count, role=role)
 
     def _evaluate_role(self, params, batch: Batch, under, order, count, *, role: str) -> Decisions:
         return evaluate_all(self._evaluator(role), params, batch, under, order, count, self.run.mesh)
@@ -93,15 +130,16 @@ class Compiled:
     def _evaluator(self, role: str) -> Evaluate:
         return partial(self.run.domain.evaluate, role=role, wants=self.run.method.wants)
 
-    def _shape_batch(self, batch: Batch, arrays: Any, key: Key) -> tuple[dict[str, Any], Any]:
-        """The fields that the two seams fill or edit."""
+    def shape_in_graph(self, batch: Batch, arrays: Any, key: Key) -> tuple[dict[str, Any], Any]:
+        """`shape` in jit: the fields that the two seams fill or edit, and the method's arrays."""
         m = self.run.method
         rewards = m.reward(batch, arrays, jax.random.fold_in(key, 0))
         after, arrays = m.advantage(batch.replace(rewards=rewards), arrays, jax.random.fold_in(key, 1))
         names = [field.name for field in dataclasses.fields(batch)]
         return {n: getattr(after, n) for n in names if getattr(after, n) is not getattr(batch, n)}, arrays
 
-    def _train_step(self, policy: Policy, batch: Batch, arrays, order, count, *, role: str, first: bool):
+    def update_in_graph(self, policy: Policy, batch: Batch, arrays, order, count, *, role: str, first: bool):
+        """`update` in jit."""
         run = self.run
         return train_step(
             run.method, self._evaluator(role), run.optimizer, run.mesh, policy, batch, arrays, order, count, first=first

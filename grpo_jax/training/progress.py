@@ -260,6 +260,17 @@ def group_table(
     (console or Console()).print(Panel(Group(shown, Text(""), grid), border_style=QUIET, expand=False))
 
 
+def outcome(
+    before: Mapping[str, float] | None, after: Mapping[str, float] | None, groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """What a run came to: held-out numbers before and after, and its last sampled group that carries signal."""
+    if before and after:
+        table("held-out", ["", "before", "after"], [[n, before[n], after[n]] for n in before if n in after])
+    if groups:
+        last = ([g for g in groups if any(g["advantages"])] or groups)[-1]
+        group_table(last["prompt"], last["completions"], last["rewards"], last["advantages"])
+
+
 def plain_text(value: Any) -> str:
     """A prompt or completion as text: chats as "role: content" lines."""
     if isinstance(value, str):

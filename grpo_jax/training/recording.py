@@ -36,9 +36,17 @@ class Recorder:
         self.batches.append((batch, reports))
 
     def write(
-        self, step: int, learning_rate: float, failures: list[str], *, groups: bool, settled: bool
+        self,
+        step: int,
+        learning_rate: float,
+        failures: list[str],
+        *,
+        groups: bool,
+        settled: bool,
+        times: dict[str, float] | None = None,
     ) -> dict[str, float]:
-        """The record of the step. groups: write a sampled group too. settled: nothing should be compiled any more."""
+        """The record of the step. groups: write a sampled group too. settled: nothing should be compiled any more.
+        times: the seconds of the step, where they are not those since the last record."""
         numbers: dict[str, float] = {}
         for batch, reports in self.batches:
             described, named = describe_batch(batch)
@@ -56,10 +64,10 @@ class Recorder:
             self.note(f"step {step}: {failure}")
         compiled = self.compiled.lap()
         if settled and compiled.count:
-            self.note(
-                f"step {step}: recompiled {', '.join(compiled.names)} in {compiled.seconds:.1f} s, for new shapes"
-            )
-        times = self.clock.lap()
+            names = ", ".join(name.removeprefix("jit(").removesuffix(")") for name in compiled.names)
+            why = "; ".join(compiled.causes) or "the same shapes, placed otherwise"
+            self.note(f"step {step}: recompiled {names} in {compiled.seconds:.1f} s ({why})")
+        times = self.clock.lap() if times is None else times
         tokens = numbers.get("length_mean", 0.0) * numbers.get("rows", 0.0)
         for name, section in (("tokens_sampled_per_s", "seconds/sample"), ("tokens_trained_per_s", "seconds/update")):
             if times.get(section):

@@ -65,7 +65,11 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="dtype of the computation; weights are float32"
     )
-    remat: bool = Field(True, description="recompute activations in the backward pass: less memory, more time")
+    remat: bool | None = Field(
+        None,
+        description="recompute activations in the backward pass: less memory, more time; null: where they would take "
+        "more memory than weights, gradient and moments",
+    )
     tiny: TinySection = Field(TinySection(), description='sizes of the model that path "tiny" makes')
 
 
@@ -116,6 +120,7 @@ class TrainingSection(Section):
         """Updates per step."""
         return self.updates * self.passes
 
+    fused: bool = Field(True, description="run whole steps as one program where every reward is in-graph")
     truncated_limit: Share = Field(0.5, description="share of completions cut off by max_new above which a step warns")
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax import losses
-from grpo_jax.losses.logprobs import CHUNK_BYTES
+from grpo_jax.losses.logprobs import CHUNK_BYTES, _cut
 
 
 def make(rows=(3,), length=7, features=6, vocabulary=11, seed=0, dtype=jnp.float32):
@@ -134,7 +134,7 @@ def test_half_precision(chunk):
 
 
 def test_head_gradient_adds_up_in_float32():
-    """1,000 equal contributions of 1/8 (before the last, 125) would stop growing at 32 in a bfloat16 sum of chunks."""
+    """1,000 equal contributions of 1/8 (before the last, 125) would stop growing at 32 in a bfloat16 sum."""
     length = 1000
     hidden, head = jnp.full((length, 1), 0.25, jnp.bfloat16), jnp.zeros((1, 2), jnp.bfloat16)
     targets = jnp.zeros(length, jnp.int32)
@@ -199,14 +199,12 @@ def test_logits_of_the_batch_are_nowhere_in_the_program():
 
 def test_memory_does_not_grow_with_the_vocabulary_times_the_length():
     def scratch(length, vocabulary):
-        compiled = jax.jit(gradient_of(chunk=8)).lower(*abstract(4, length, 16, vocabulary)).compile()
+        compiled = jax.jit(gradient_of(chunk=64)).lower(*abstract(4, length, 16, vocabulary)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    chunk = 4 * 8 * 8000 * 4
-    assert scratch(64, 8000) < 8 * chunk  # the plain way holds 8 chunks' logits several times over
-    grown = scratch(512, 8000) - scratch(64, 8000)
-    assert grown < 4 * 448 * (2 * 16 + 16) * 4  # hidden states and a few numbers per decision
-    assert grown < chunk
+    everything = 4 * 512 * 8000 * 4
+    assert scratch(512, 8000) < everything / 12  # the plain way holds all logits several times over
+    assert scratch(512, 24_000) - scratch(512, 8000) < 3 * 16 * 16_000 * 4  # the gradient of the head
 
 
 def test_small_problems_take_no_loop():
@@ -214,11 +212,26 @@ def test_small_problems_take_no_loop():
     assert not names & {"scan", "while"}
 
 
-def test_chunk_length():
-    assert losses.chunk_length(8, 64, 32_000) * 8 * 32_000 * 4 <= CHUNK_BYTES
-    assert losses.chunk_length(10**6, 64, 32_000) == 1
-    tokens = losses.chunk_length(1, 8192, 150_000)  # a wide head: a chunk as large as an eighth of its gradient
-    assert tokens == 1024
+@pytest.mark.parametrize(
+    ("features", "vocabulary", "decisions", "chunk"),
+    [
+        (1536, 151_936, 8192, None),
+        (256, 32_000, 4096, None),
+        (8192, 50_257, 10**6, None),
+        (5, 11, 21, 3),
+        (5, 48, 7, 20),
+        (64, 400, 100, None),
+    ],
+)
+def test_chunks_hold_every_token_once(features, vocabulary, decisions, chunk):
+    cut = _cut(features, vocabulary, decisions, chunk)
+    chunks = [(i * cut.size, cut.size) for i in range(cut.count)] + [(cut.count * cut.size, cut.rest)]
+    seen = np.concatenate([np.asarray(cut.tokens(*at)).ravel() for at in chunks])
+    assert sorted(seen.tolist()) == list(range(vocabulary))
+    at_once = cut.ways * cut.size
+    memory = max(CHUNK_BYTES, features * vocabulary * 4 // 8)
+    assert at_once <= (chunk or max(512, memory // (4 * decisions)))
+    assert vocabulary % 16 or cut.whole or cut.ways == 16  # runs that sixteen devices could divide
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
@@ -367,29 +380,6 @@ def test_garbage_in_a_reference_that_does_not_count():
         jax.tree.leaves(run(hidden, head, jnp.where(mask[..., None], there, jnp.nan))),
     ):
         np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize("temperature", [0.7, np.linspace(0.5, 2, 24).astype(np.float32).reshape(6, 4)])
-def test_one_position_of_all_rows_may_be_more_than_a_chunk(monkeypatch, temperature):
-    monkeypatch.setattr(
-        "grpo_jax.losses.logprobs.CHUNK_BYTES", 4 * 5 * 110
-    )  # at most five decisions of 24 rows at once
-    hidden, head, targets = make((6, 4), 3, vocabulary=110)
-    reference = second((6, 4), 3, vocabulary=110)
-
-    def loss(hidden, head, chunk):
-        said = losses.chunked_logps(
-            hidden, head, targets, temperature=temperature, entropy=True, reference=reference, chunk=chunk
-        )
-        return sum(jnp.sum(x**2) for x in jax.tree.leaves(said)), said
-
-    (_, said), got = jax.jit(jax.value_and_grad(lambda *a: loss(*a, None), (0, 1), has_aux=True))(hidden, head)
-    (_, whole), expected = jax.jit(jax.value_and_grad(lambda *a: loss(*a, 3), (0, 1), has_aux=True))(hidden, head)
-    for a, b in zip(jax.tree.leaves((said, got)), jax.tree.leaves((whole, expected))):
-        assert a.shape == b.shape
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    size, _ = largest(jax.make_jaxpr(jax.grad(lambda *a: loss(*a, None)[0], (0, 1)))(hidden, head).jaxpr)
-    assert size <= 6 * 110  # the head's gradient; a chunk's logits are fewer
 
 
 def test_errors_say_what_was_given():

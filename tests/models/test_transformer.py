@@ -50,10 +50,10 @@ def decoded(graphdef, params, tokens, prefix, lengths, own, column):
 
 
 def cached_hidden(model, contexts, rows, chunks):
-    config, graphdef, params = model
+    _, graphdef, params = model
     prefix = prefilled(graphdef, params, contexts, LENGTHS)
-    shape = (config.num_layers, *rows.shape, config.num_kv_heads, config.head_dim)
-    own = KeysValues(jnp.full(shape, 7.0), jnp.full(shape, 7.0))  # stale columns must not be seen
+    own = merge(graphdef, params).empty(*rows.shape, jnp.float32)
+    own = KeysValues(*(jnp.full(x.shape, 7.0) for x in own))  # stale columns must not be seen
     hidden, column = [], 0
     for size in chunks:
         out, own = decoded(graphdef, params, rows[:, :, column : column + size], prefix, LENGTHS, own, column)
@@ -76,8 +76,8 @@ def test_decode_leaves_other_columns_alone(model):
     contexts, rows = batch(config.vocab_size)
     whole = cached_hidden(model, contexts, rows, (3, 1, 4))[1]
     part = cached_hidden(model, contexts, rows, (3, 1))[1]
-    np.testing.assert_array_equal(part.keys[:, :, :, 4:], 7.0)
-    np.testing.assert_array_equal(part.values[:, :, :, :4], whole.values[:, :, :, :4])
+    np.testing.assert_array_equal(part.keys[..., 4:], 7.0)
+    np.testing.assert_array_equal(part.values[..., :4, :], whole.values[..., :4, :])
 
 
 def alone_hidden(graphdef, params, contexts, lengths, rows):
@@ -146,13 +146,15 @@ def test_prefill_is_finite_beyond_the_lengths_and_right_within(model):
     config, graphdef, params = model
     contexts, _ = batch(config.vocab_size)
     padded = np.where(np.arange(P) < LENGTHS[:, None], contexts, 2**30)
-    full = prefilled(graphdef, params, contexts, np.full(C, P, np.int32))
-    part = prefilled(graphdef, params, padded, LENGTHS)
-    for one, other in zip(full, part):
-        assert one.shape == (config.num_layers, C, P, config.num_kv_heads, config.head_dim)
+    full, part = (
+        prefilled(graphdef, params, contexts, np.full(C, P, np.int32)),
+        prefilled(graphdef, params, padded, LENGTHS),
+    )
+    for one, other in ((full.keys.swapaxes(-1, -2), part.keys.swapaxes(-1, -2)), (full.values, part.values)):
+        assert one.shape == (config.num_layers, C, config.num_kv_heads, P, config.head_dim)
         assert np.isfinite(other).all()
         for c in range(C):
-            np.testing.assert_allclose(one[:, c, : LENGTHS[c]], other[:, c, : LENGTHS[c]], atol=1e-6)
+            np.testing.assert_allclose(one[:, c, :, : LENGTHS[c]], other[:, c, :, : LENGTHS[c]], atol=1e-6)
 
 
 def test_bfloat16_parameters_compute_in_bfloat16_near_float32():

@@ -28,6 +28,7 @@ CONFIG = TransformerConfig(
 GRAPHDEF, PARAMS = create(CONFIG, jax.random.key(3))
 CONTEXT = [7, 1, 8, 2, 5]
 C, G, T = 3, 24, 12
+ALL = ("top_k", "top_p", "min_p", "min_new")
 
 
 @jax.jit
@@ -100,7 +101,7 @@ def cells(c, g, t, **changes):
     return base._replace(**changes)
 
 
-def run(asked, seed=0, *, restricts=False, has_given=False):
+def run(asked, seed=0, *, restricts=(), has_given=False):
     drawn = draw(GRAPHDEF, PARAMS, asked, jax.random.key(seed), restricts=restricts, has_given=has_given)
     return jax.tree.map(np.asarray, drawn)
 
@@ -142,8 +143,9 @@ def drawn():
         min_p=column("min_p", 0, np.float32),
         minimum=column("min_new", 0, np.int32),
     )
-    free = jax.tree.map(lambda x: x[:3] if x.shape[0] == len(CASES) else x, asked)
-    return run(asked, restricts=True), run(free)
+    off = {"top_k": 0, "top_p": 1, "min_p": 0, "minimum": 0}
+    free = asked._replace(**{name: np.full_like(getattr(asked, name), value) for name, value in off.items()})
+    return run(asked, restricts=ALL), run(free)
 
 
 def exact(case, oracle, t, first=None):
@@ -186,8 +188,8 @@ def test_frequencies_without_restrictions(name, drawn, oracle):
 
 
 def test_an_unrestricted_row_does_not_notice_the_restrictions_of_others(drawn):
-    for restricted, free in zip(drawn[0], drawn[1]):
-        np.testing.assert_array_equal(restricted[:3], free)
+    for restricted, free in zip(drawn[0], drawn[1]):  # two programs: their log-probs are rounded in other places
+        np.testing.assert_allclose(restricted[:3], free[:3], rtol=0, atol=1e-6 if free.dtype == np.float32 else 0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -295,13 +297,13 @@ def test_no_stop_of_any_kind_before_the_minimum(stream):
     minimum[0] = 5
     only_pairs = np.broadcast_to(np.array([True, True, True, False]), (C, G, 4))
     asked = cells(C, G, T, stops=stop_table(*pairs, (STOP,)), stops_apply=only_pairs, minimum=minimum)
-    got = run(asked, restricts=True, has_given=True)
+    got = run(asked, restricts=ALL, has_given=True)
     for c in range(C):
         for g in range(G):
             n, finished = cut(stream.tokens[c, g], pairs, T, minimum[c, g])
             assert (got.lengths[c, g], got.finished[c, g]) == (n, finished)
             np.testing.assert_array_equal(got.tokens[c, g, :n], stream.tokens[c, g, :n])
-    got = run(asked._replace(stops_apply=np.ones((C, G, 4), bool)), restricts=True, has_given=True)
+    got = run(asked._replace(stops_apply=np.ones((C, G, 4), bool)), restricts=ALL, has_given=True)
     assert (got.lengths[0] > 5).all()
     assert (got.tokens[0, :, :5] != STOP).all()
     assert (got.tokens[1:] == STOP).any()
@@ -327,7 +329,7 @@ def test_ragged_prefixes_go_on_as_the_unbroken_stream(stream):
     given = np.where(np.arange(T) < lengths[..., None], stream.tokens, 10).astype(np.int32)  # 10 is never looked at
     got = run(
         cells(C, G, T, given=given, given_lengths=lengths, stops=stop_table(), stops_apply=np.zeros((C, G, 4), bool)),
-        restricts=True,
+        restricts=ALL,
         has_given=True,
     )
     np.testing.assert_array_equal(got.tokens, stream.tokens)
@@ -346,7 +348,7 @@ def test_a_stop_inside_a_prefix_does_not_end_and_at_its_end_only_without_budget(
     budget[0] = lengths[0]  # only scored
     apply = np.broadcast_to(np.array([True, True, False, False]), (C, G, 4))
     asked = cells(C, G, T, given=given, given_lengths=lengths, budget=budget, stops=stop_table((STOP,), (2, 2, 2)))
-    got = run(asked._replace(stops_apply=apply), restricts=True, has_given=True)
+    got = run(asked._replace(stops_apply=apply), restricts=ALL, has_given=True)
     np.testing.assert_array_equal(got.lengths[0], lengths[0])
     np.testing.assert_array_equal(got.finished[0], lengths[0] == 4)
     assert (got.lengths[1:] > lengths[1:]).all()
@@ -363,7 +365,7 @@ def test_minimum_counts_from_the_context_so_a_prefix_is_part_of_it():
     minimum = lengths + np.where(np.arange(G) % 2, 3, 0).astype(np.int32)
     asked = cells(C, G, T, given=given, given_lengths=lengths, minimum=minimum, stops=stop_table((STOP,), (2,)))
     apply = np.broadcast_to(np.array([True, True, False, False]), (C, G, 4))
-    got = run(asked._replace(stops_apply=apply), restricts=True, has_given=True)
+    got = run(asked._replace(stops_apply=apply), restricts=ALL, has_given=True)
     assert (got.lengths > minimum).all()
     assert (got.lengths[:, ::2] <= 7).any()
 
@@ -384,7 +386,7 @@ def test_keys_and_values_of_a_context_are_stored_once():
     )
     graphdef, params = create(config, jax.random.key(0))
     asked = cells(c, g, 11)._replace(contexts=np.zeros((c, p), np.int32))
-    lowered = draw.lower(graphdef, params, asked, jax.random.key(0), restricts=False, has_given=True)
+    lowered = draw.lower(graphdef, params, asked, jax.random.key(0), restricts=(), has_given=True)
     found = sizes(lowered.compile().as_text())
     assert 3 * c * p * 2 * head in found  # keys of all layers: [L, C, P, Hkv, D]
     assert not [size for size in found if size % (c * g * p * 7) == 0]

@@ -1,0 +1,257 @@
+"""What the programs of a run cost on TPU, compiled ahead of time: bytes of main memory and FLOPs against their floors.
+
+    pip install 'grpo_jax[tpu]'        # brings libtpu, the TPU compiler; no TPU is needed
+    python -m benchmarks.tpu [--chips v5e v6e] [--programs sample reference update] [--layers 28] [--save FOLDER]
+
+Qwen2.5-1.5B's shapes in bfloat16; 16 prompts of 512 tokens, 16 completions of 512 each. One chip samples and takes the
+reference pass (a micro-batch of one context); the update is one micro-batch per chip on four chips (fsdp), because
+float32 weights and AdamW's moments of 1.5B parameters do not fit on one v5e. The floors: a decode step reads weights,
+each prompt's keys and values once and the filled half of the own ones; elsewhere the operands and results of every
+matrix product pass through memory once, scores and logits never. FLOPs: 2 per weight and token and the visible pairs
+of attention; the update three times that, or four (layers recomputed) in brackets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the compiler alone: there is no machine to ask about itself
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.compiled import Cost, Program
+from grpo_jax.methods.grpo import grpo
+from grpo_jax.models import TransformerConfig, evaluate
+from grpo_jax.models.sharding import shardings
+from grpo_jax.models.transformer import abstract, logical_axes
+from grpo_jax.sampling.decoding import Cells, draw
+from grpo_jax.sampling.language_model import cast
+from grpo_jax.training.mesh import make_mesh
+from grpo_jax.training.step import Policy, train_step
+from grpo_jax.types import Batch, Contexts, Decisions
+
+QWEN = TransformerConfig(
+    vocab_size=151_936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_layers=28,
+    num_heads=12,
+    num_kv_heads=2,
+    head_dim=128,
+)
+CONTEXTS, ROWS, PROMPT, NEW = 16, 16, 512, 512
+
+
+class Line(NamedTuple):
+    program: str
+    seen: Cost
+    floor: Cost
+    recomputed: float = 0.0  # FLOPs of the floor with every layer recomputed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", default=["v5e", "v6e"])
+    parser.add_argument("--programs", nargs="+", default=["sample", "reference", "update"])
+    parser.add_argument("--layers", type=int, default=QWEN.num_layers)
+    parser.add_argument("--save", type=Path, help="folder for the compiled programs' text")
+    options = parser.parse_args()
+    config = dataclasses.replace(QWEN, num_layers=options.layers)
+    print("| chip | program | GB moved | floor | ratio | TFLOP | floor | ratio | GB on the wire |\n" + "|---" * 9 + "|")
+    for chip in options.chips:
+        for name in options.programs:
+            devices = chips(chip)[: 4 if name == "update" else 1]
+            mesh = make_mesh(data=1, fsdp=len(devices), devices=devices)
+            begun = time.perf_counter()
+            with jax.set_mesh(mesh):
+                text = PROGRAMS[name](config, mesh).compile().as_text()
+            if options.save:
+                (options.save / f"{name}_{chip}.txt").write_text(text)
+            for line in LINES[name](config, Program(text)):
+                print(f"| {chip} x{len(devices)} {_row(line)}", flush=True)
+            print(f"compiled {name} for {chip} in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
+
+
+def chips(kind: str) -> list[Any]:
+    """The devices of a slice of four that nobody needs to have."""
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:2x2").devices)
+    except (RuntimeError, NotImplementedError, ValueError, OSError) as error:
+        raise SystemExit(f"no TPU compiler: pip install 'grpo_jax[tpu]' brings it; {error}") from error
+
+
+def sample(config: TransformerConfig, mesh: Mesh) -> Any:
+    graphdef, params = _params(config, mesh, jnp.bfloat16)
+    C, G, P, T = CONTEXTS, ROWS, PROMPT, NEW
+    integers = dict.fromkeys(
+        ("given_lengths", "budget", "minimum", "top_k", "prompt_ids", "index"), ((C, G), jnp.int32)
+    )
+    numbers = dict.fromkeys(("temperature", "top_p", "min_p"), ((C, G), jnp.float32))
+    others = {
+        "contexts": ((C, P), jnp.int32),
+        "context_lengths": ((C,), jnp.int32),
+        "given": ((C, G, T), jnp.int32),
+        "stops": ((1, 1), jnp.int32),
+        "stops_apply": ((C, G, 1), jnp.bool_),
+    }
+    cells = Cells(**{k: _array(mesh, *x) for k, x in (integers | numbers | others).items()})
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return draw.lower(graphdef, params, cells, _array(mesh, key.shape, key.dtype), restricts=(), has_given=False)
+
+
+def reference(config: TransformerConfig, mesh: Mesh) -> Any:
+    graphdef, params = _params(config, mesh, jnp.bfloat16)
+    score = jax.jit(lambda params, rows: evaluate(graphdef, params, rows))
+    return score.lower(params, _batch(mesh, 1))
+
+
+def update(config: TransformerConfig, mesh: Mesh) -> Any:
+    graphdef, params = _params(config, mesh, jnp.float32)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))
+    method = grpo(prompts=2 * mesh.size, group_size=ROWS, kl=0.04)
+    score = lambda params, rows: evaluate(graphdef, cast(params, jnp.bfloat16), rows, remat=True)  # noqa: E731
+    step = jax.jit(
+        lambda policy, batch, order, count: train_step(
+            method, score, optimizer, mesh, policy, batch, (), order, count, first=True
+        ),
+        donate_argnums=0,
+    )
+    order = _array(mesh, (2, mesh.size, ROWS), jnp.int32)
+    moments = _like(jax.eval_shape(optimizer.init, params), params, mesh)
+    return step.lower(Policy(params, moments), _batch(mesh, 2 * mesh.size), order, _array(mesh, (), jnp.int32))
+
+
+def sampled(config: TransformerConfig, program: Program) -> Iterator[Line]:
+    step = program.steps()[0]
+    others = [i.called("body") for i in program.computations[program.entry].values() if i.opcode == "while"]
+    layers = max((program.cost(body) for body in others if body not in program.steps()), key=lambda cost: cost.flops)
+    tokens, rows = CONTEXTS * PROMPT, CONTEXTS * ROWS
+    kept = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    moved = _weights(config) + _head(config) + kept * (tokens + rows * (NEW + 1) / 2)
+    yield Line(
+        "prefill", layers.times(config.num_layers), Cost(_streams(config, tokens), _forward(config, CONTEXTS, 0))
+    )
+    seen = 4 * config.num_heads * config.head_dim * rows * (PROMPT + (NEW + 1) / 2) * config.num_layers
+    yield Line("decode step", program.cost(step), Cost(moved, rows * (_weights(config) + _head(config)) + seen))
+
+
+def referenced(config: TransformerConfig, program: Program) -> Iterator[Line]:
+    moved = _streams(config, PROMPT + ROWS * NEW) + _head(config)
+    flops = _forward(config, 1, ROWS) + ROWS * NEW * _head(config)
+    yield Line("reference pass, 1 context", program.total(), Cost(moved, flops))
+
+
+def updated(config: TransformerConfig, program: Program) -> Iterator[Line]:
+    body = max((program.cost(step) for step in program.steps()), key=lambda cost: cost.flops)
+    layers, head = _forward(config, 1, ROWS), ROWS * NEW * _head(config)
+    streams = _streams(config, PROMPT + ROWS * NEW)
+    parameters = (_weights(config) + _head(config)) / 2
+    # forward, again, and twice as much backward; the head as often; gradients added to float32 sums, per chip a part
+    moved = 4 * (streams + _head(config)) + parameters * 12
+    yield Line("update, 1 context per chip", body, Cost(moved, 3 * (layers + head)), 4 * (layers + head))
+    optimizer = program.total(loops=0)
+    yield Line("optimizer", optimizer, Cost(parameters / 4 * 4 * 7, 0.0))
+
+
+def _weights(config: TransformerConfig) -> float:
+    """Bytes of the layers' matrices in bfloat16, which is also their FLOPs per token."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return 2.0 * config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+
+
+def _head(config: TransformerConfig) -> float:
+    return 2.0 * config.hidden_size * config.vocab_size
+
+
+def _streams(config: TransformerConfig, tokens: int) -> float:
+    """Bytes of all layers: weights once, and in and out of every product once: residual stream, heads, feed-forward."""
+    heads = 2 * (config.num_heads + 2 * config.num_kv_heads) + 2 * config.num_heads
+    values = 6 * config.hidden_size + heads * config.head_dim + 2 * config.intermediate_size
+    return _weights(config) + 2.0 * config.num_layers * tokens * values
+
+
+def _forward(config: TransformerConfig, contexts: int, rows: int) -> float:
+    """FLOPs of the layers on contexts with so many rows each."""
+    tokens = contexts * (PROMPT + rows * NEW)
+    pairs = contexts * (PROMPT * (PROMPT + 1) / 2 + rows * NEW * (PROMPT + (NEW + 1) / 2))
+    return tokens * _weights(config) + 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+
+
+def _array(mesh: Mesh, shape: tuple, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def _params(config: TransformerConfig, mesh: Mesh, dtype: Any) -> tuple[Any, Any]:
+    graphdef, params = abstract(config, dtype)
+    places = shardings(logical_axes(config), mesh)
+    return graphdef, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, places)
+
+
+def _like(state: Any, params: Any, mesh: Mesh) -> Any:
+    """What the optimiser keeps of a parameter lies as the parameter does."""
+    named = {tuple(map(str, path)): x for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def place(path: tuple, x: Any) -> Any:
+        ends = (tuple(map(str, path))[n:] for n in range(len(path)))
+        return next((named[end] for end in ends if end in named), _array(mesh, x.shape, x.dtype))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _batch(mesh: Mesh, contexts: int) -> Batch:
+    n = contexts * ROWS
+    make = lambda dtype, *shape: _array(mesh, shape, dtype)  # noqa: E731
+    ids = dict.fromkeys(
+        ("sampled_under", "trained_under", "lengths", "prompt_ids", "index", "group_ids", "update_ids"),
+        make(jnp.int32, n),
+    )
+    numbers = dict.fromkeys(("behavior_logps", "sampler_logps", "advantages"), make(jnp.float32, n, NEW))
+    return Batch(
+        contexts=Contexts(tokens=make(jnp.int32, contexts, PROMPT), lengths=make(jnp.int32, contexts), extras={}),
+        completions=make(jnp.int32, n, NEW),
+        completion_mask=make(jnp.bool_, n, NEW),
+        finished=make(jnp.bool_, n),
+        temperature=make(jnp.float32, n),
+        weights=make(jnp.float32, n),
+        scores=make(jnp.float32, n, 1),
+        columns={},
+        role="policy",
+        ref=Decisions(logps=make(jnp.float32, n, NEW), stats={}),
+        **ids,
+        **numbers,
+    )
+
+
+def _row(line: Line) -> str:
+    seen, floor = line.seen, line.floor
+    flops = [f"{seen.flops / 1e12:.3g}", f"{floor.flops / 1e12:.3g}", f"{seen.flops / max(floor.flops, 1):.2f}"]
+    if line.recomputed:
+        flops[1:] = [f"{flops[1]} ({line.recomputed / 1e12:.3g})", f"{flops[2]} ({seen.flops / line.recomputed:.2f})"]
+    moved = [f"{seen.bytes / 1e9:.2f}", f"{floor.bytes / 1e9:.2f}", f"{seen.bytes / floor.bytes:.2f}"]
+    return (
+        "| "
+        + " | ".join([line.program, *moved, *(flops if floor.flops else ["", "", ""]), f"{seen.wire / 1e9:.2f}"])
+        + " |"
+    )
+
+
+PROGRAMS = {"sample": sample, "reference": reference, "update": update}
+LINES = {"sample": sampled, "reference": referenced, "update": updated}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Rows that finish make room: the cells of the rows still being drawn, drawn together into fewer cells, in jit.
+
+Cells lie [C, G], the rows of one context side by side, and so they stay: a context with more active rows than the
+smaller grid is wide takes several slots of it, one with none takes none.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from grpo_jax.types import PyTree
+
+HALVINGS = 4
+FEWEST_ROWS = 8  # on one device; fewer cost as much
+FEWEST_DECISIONS = 256  # the tail of shorter rows does not pay for compiling the step again for every grid
+
+
+class Grid(NamedTuple):
+    """Cells: C contexts, a multiple of the devices that divide them, of G rows each."""
+
+    contexts: int
+    width: int
+    shards: int = 1
+
+    def fits(self, active: Bool[Array, "C G"]) -> Bool[Array, ""]:
+        """Whether the active rows of a larger grid fit into this one."""
+        return jnp.all(_slots(active, self).sum(axis=1) <= self.contexts // self.shards)
+
+
+def ladder(contexts: int, width: int, decisions: int, shards: int = 1) -> list[Grid]:
+    """Grids from the whole one down, each of half the rows of the one before."""
+    grids = [Grid(contexts, width, shards)]
+    while decisions >= FEWEST_DECISIONS and len(grids) <= HALVINGS:
+        c, g, _ = grids[-1]
+        if c * g < 2 * FEWEST_ROWS * shards or (g == 1 and (c // shards) % 2):
+            break
+        grids.append(Grid(c, -(-g // 2), shards) if g > 1 else Grid(c // 2, 1, shards))
+    return grids
+
+
+class Regrouped(NamedTuple):
+    """Where the cells of a smaller grid come from, each device's own; -1 = empty."""
+
+    grid: Grid
+    cells: Int[Array, "S n"]
+    contexts: Int[Array, "S c"]
+
+    def rows(self, x: Array, axis: int = 0) -> Array:
+        """[..., C, G, ...] at `axis` as [..., c, g, ...]; what empty cells hold means nothing."""
+        return _take(x, jnp.maximum(self.cells, 0), axis, 2, (self.grid.contexts, self.grid.width))
+
+    def of_contexts(self, x: Array, axis: int = 0) -> Array:
+        """[..., C, ...] at `axis` as [..., c, ...]."""
+        return _take(x, self.contexts, axis, 1, (self.grid.contexts,))
+
+    def there(self) -> Bool[Array, "c g"]:
+        return self.cells.reshape(self.grid.contexts, self.grid.width) >= 0
+
+
+def regroup(active: Bool[Array, "C G"], grid: Grid) -> Regrouped:
+    """Places for the active rows in a smaller grid into which they fit."""
+    shards, (c, g) = grid.shards, active.shape
+    slots = _slots(active, grid)  # [S, C/S]
+    first = jnp.cumsum(slots, axis=1) - slots
+    by_shard = active.reshape(shards, c // shards, g)
+    rank = jnp.cumsum(by_shard, axis=2) - 1
+    slot = first[..., None] + rank // grid.width
+    size = grid.contexts // grid.shards
+    at = jnp.where(by_shard, slot * grid.width + rank % grid.width, size * grid.width).reshape(shards, -1)
+    local = jnp.arange(at.shape[1], dtype=jnp.int32)
+
+    def place(at: Int[Array, " n"], slot: Int[Array, " n"]) -> tuple[Array, Array]:
+        cells = jnp.full(size * grid.width, -1, jnp.int32).at[at].set(local, mode="drop")
+        contexts = jnp.zeros(size, jnp.int32).at[slot].set(local // g, mode="drop")
+        return cells, contexts
+
+    cells, contexts = jax.vmap(place)(at, jnp.where(by_shard, slot, size).reshape(shards, -1))
+    return Regrouped(grid, cells, contexts)
+
+
+def put_back(whole: PyTree, parts: PyTree, rows: Int[Array, "C G"]) -> PyTree:
+    """`whole` [N, ...] with the values of the cells at their rows; cells with a row of N hold none."""
+    return jax.tree.map(lambda w, p: w.at[rows.reshape(-1)].set(p.reshape(-1, *w.shape[1:]), mode="drop"), whole, parts)
+
+
+def _slots(active: Bool[Array, "C G"], grid: Grid) -> Int[Array, "S c"]:
+    """Slots of the grid's width that each context needs."""
+    return -(-active.sum(axis=1) // grid.width).reshape(grid.shards, -1)
+
+
+def _take(x: Array, index: Int[Array, "S n"], axis: int, ndim: int, shape: tuple[int, ...]) -> Array:
+    """Entries of each shard's own run; `ndim` axes from `axis` on are one run cut over the shards."""
+    shards, before, after = index.shape[0], x.shape[:axis], x.shape[axis + ndim :]
+    parts = x.reshape(*before, shards, -1, *after)
+    pick: Any = jax.vmap(lambda part, at: jnp.take(part, at, axis=axis, mode="clip"), in_axes=(axis, 0), out_axes=axis)
+    return pick(parts, index).reshape(*before, *shape, *after)

@@ -1,0 +1,95 @@
+"""Rows regrouped into fewer cells: nothing is lost, and what is drawn is what one grid draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_jax.models import TransformerConfig, create
+from grpo_jax.sampling import Cells, compaction, draw
+from grpo_jax.sampling.compaction import Grid, ladder, regroup
+
+V = 13
+CONFIG = TransformerConfig(
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    initializer_range=0.4,
+)
+
+
+def test_the_ladder_halves_rows_and_ends_in_time():
+    assert [g[:2] for g in ladder(16, 8, 512)] == [(16, 8), (16, 4), (16, 2), (16, 1), (8, 1)]
+    assert [g[:2] for g in ladder(3, 5, 512)] == [(3, 5)]
+    assert [g[:2] for g in ladder(16, 8, 128)] == [(16, 8)]  # short rows: nothing to gain
+    assert [g[:2] for g in ladder(12, 8, 512, 4)] == [(12, 8, 4)[:2], (12, 4)]
+    assert all(g.contexts % 4 == 0 for g in ladder(64, 4, 512, 4))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([1, 2]), st.sampled_from([1, 2, 3]))
+def test_every_active_row_gets_one_cell_of_its_context(seed, shards, width):
+    rng = np.random.default_rng(seed)
+    c, g = 6, 4
+    active = rng.random((c, g)) < rng.random()
+    grid = Grid(6, width, shards)
+    per_shard = -(-active.sum(1) // width)
+    fits = (per_shard.reshape(shards, -1).sum(1) <= 6 // shards).all()
+    assert bool(grid.fits(jnp.asarray(active))) == fits
+    if not fits:
+        return
+    places = regroup(jnp.asarray(active), grid)
+    numbers = np.arange(c * g).reshape(c, g)
+    rows, there = np.asarray(places.rows(jnp.asarray(numbers))), np.asarray(places.there())
+    assert sorted(rows[there]) == sorted(numbers[active])
+    contexts = np.asarray(places.of_contexts(jnp.arange(c)))
+    assert (rows // g == contexts[:, None])[there].all()
+    half = lambda x: np.asarray(x) * shards // 6  # noqa: E731
+    assert (half(rows // g) == half(np.arange(6))[:, None])[there].all()  # no row leaves its device
+
+
+def ragged(c, g, t, seed=0):
+    rng = np.random.default_rng(seed)
+    cells = lambda value, dtype: np.full((c, g), value, dtype)  # noqa: E731
+    budget = np.minimum(rng.geometric(3 / t, (c, g)), t).astype(np.int32)
+    budget[0], budget[1, 0] = 0, t  # a context of padding, and a straggler
+    return Cells(
+        contexts=rng.integers(0, V, (c, 6)).astype(np.int32),
+        context_lengths=rng.integers(1, 7, c).astype(np.int32),
+        given=np.zeros((c, g, t), np.int32),
+        given_lengths=cells(0, np.int32),
+        budget=budget,
+        minimum=cells(0, np.int32),
+        temperature=rng.choice([0.0, 0.7, 1.3], (c, g)).astype(np.float32),
+        top_k=cells(0, np.int32),
+        top_p=cells(1, np.float32),
+        min_p=cells(0, np.float32),
+        prompt_ids=np.repeat(np.arange(c, dtype=np.int32)[:, None], g, 1),
+        index=np.tile(np.arange(g, dtype=np.int32), (c, 1)),
+        stops=np.array([[-1, 3], [5, 7]], np.int32),
+        stops_apply=np.stack([rng.random((c, g)) < 0.3, rng.random((c, g)) < 0.5], axis=-1),
+    )
+
+
+def test_a_shrinking_grid_draws_what_one_grid_draws(monkeypatch):
+    shards = 2
+    graphdef, params = create(CONFIG, jax.random.key(1))
+    cells, key = ragged(6, 4, 24), jax.random.key(2)
+    run = lambda: draw(graphdef, params, cells, key, restricts=(), has_given=False, shards=shards)  # noqa: E731
+    want = run()
+    monkeypatch.setattr(compaction, "FEWEST_DECISIONS", 8)
+    monkeypatch.setattr(compaction, "FEWEST_ROWS", 1)
+    jax.clear_caches()
+    assert len(ladder(6, 4, 24, shards)) > 2
+    got = run()
+    jax.clear_caches()
+    for name in ("tokens", "lengths", "finished"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+    for name in ("behavior_logps", "sampler_logps"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=2e-6, err_msg=name)
+    assert len(set(np.asarray(got.lengths).ravel().tolist())) > 5
