@@ -135,9 +135,11 @@ def _step(model, table: _Table, row_keys: Key, restricts: Restricts, loop: _Loop
     before = jax.lax.dynamic_index_in_dim(drawn.tokens, jnp.maximum(t - 1, 0), axis=2)
     inputs = jnp.where(t == 0, _first_inputs(cells), before)
     hidden, own = model.decode(inputs, table.prefix, cells.context_lengths - 1, loop.own, t)
-    logits = jnp.einsum("cge,ev->cgv", hidden[:, :, 0], model.head(), preferred_element_type=jnp.float32)
-    scaled = softcap(logits, model.config.final_softcap) / _scale(cells)[..., None]
-    token, behavior, policy = _choose(scaled, cells, row_keys, t, restricts)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = jnp.einsum("ne,ev->vn", rows, model.head(), preferred_element_type=jnp.float32)
+    scaled = softcap(logits, model.config.final_softcap) / _scale(cells).reshape(-1)
+    drawn_now = _choose(scaled, cells, row_keys, t, restricts)
+    token, behavior, policy = (x.reshape(loop.active.shape) for x in drawn_now)
     chosen = loop.active & (t >= cells.given_lengths)
     tokens = _write(drawn.tokens, token, t, chosen)
     stopped = chosen & (t >= cells.minimum) & _ends_in_stop(tokens, jnp.broadcast_to(t, chosen.shape), cells)
@@ -181,22 +183,22 @@ def _row_keys(key: Key, cells: Cells) -> Key:
     return fold(cells.prompt_ids.reshape(-1), cells.index.reshape(-1))
 
 
-def _choose(scaled: Float[Array, "C G V"], cells: Cells, row_keys: Key, t: Array, restricts: Restricts) -> Chosen:
+def _choose(scaled: Float[Array, "V N"], cells: Cells, row_keys: Key, t: Array, restricts: Restricts) -> Chosen:
     """One token per row; the two random numbers of row and decision come from a key of their own."""
-    draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))
-    asked = {name: getattr(cells, name) for name in ("top_k", "top_p", "min_p") if name in restricts}
+    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(row_keys)
+    asked = {name: getattr(cells, name).reshape(-1) for name in ("top_k", "top_p", "min_p") if name in restricts}
     if "min_new" in restricts:
-        asked["forbidden"] = (t < cells.minimum)[..., None] & _stop_tokens(cells, scaled.shape[-1])
+        asked["forbidden"] = (t < cells.minimum).reshape(-1) & _stop_tokens(cells, len(scaled))
     allowed = restrict(scaled, **asked) if asked else None
-    uniforms = draw(row_keys).reshape(*cells.budget.shape, 2)
-    return choose(scaled, uniforms, greedy=cells.temperature == 0, allowed=allowed)
+    return choose(scaled, uniforms, greedy=cells.temperature.reshape(-1) == 0, allowed=allowed)
 
 
-def _stop_tokens(cells: Cells, v: int) -> Bool[Array, "C G V"]:
+def _stop_tokens(cells: Cells, v: int) -> Bool[Array, "V N"]:
     """The tokens that end a row by themselves."""
     single = (cells.stops >= 0).sum(axis=1) == 1
     at = jnp.where(single, cells.stops[:, -1], v)
-    return jnp.zeros((*cells.budget.shape, v + 1), bool).at[..., at].max(cells.stops_apply & single)[..., :v]
+    apply = (cells.stops_apply & single).reshape(-1, len(at)).T
+    return jnp.zeros((v + 1, apply.shape[1]), bool).at[at].max(apply)[:v]
 
 
 def _write(values: Array, new: Array, t: Array, where: Bool[Array, "C G"]) -> Array:

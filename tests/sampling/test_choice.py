@@ -20,9 +20,9 @@ def everywhere(logits, allowed=None):
     """The token at each point of a grid over both uniforms [GRID, GRID]."""
     ticks = (np.arange(GRID) + 0.5) / GRID
     uniforms = np.stack(np.meshgrid(ticks, ticks, indexing="ij"), axis=-1).reshape(-1, 2).astype(np.float32)
-    rows = np.broadcast_to(np.float32(logits), (GRID * GRID, len(logits)))
-    options = {} if allowed is None else {"allowed": np.broadcast_to(np.float32(allowed), rows.shape)}
-    return jax.jit(choose)(rows, uniforms, greedy=np.zeros(len(rows), bool), **options)
+    column = lambda values: np.repeat(np.float32(values)[:, None], GRID * GRID, axis=1)  # noqa: E731
+    options = {} if allowed is None else {"allowed": column(allowed)}
+    return jax.jit(choose)(column(logits), uniforms, greedy=np.zeros(GRID * GRID, bool), **options)
 
 
 @pytest.mark.parametrize("v", [2, 11, 64, 100])
@@ -48,14 +48,14 @@ def test_the_ends_of_the_unit_interval_fall_on_tokens_with_mass():
     logits[:, [7, 8, 33]] = [0.0, -40.0, 1.0]
     most = np.float32(1 - 2.0**-24)
     uniforms = np.array([[0, 0], [most, most], [0, most], [most, 0]], np.float32)
-    got = choose(jnp.asarray(logits), jnp.asarray(uniforms), greedy=jnp.zeros(4, bool))
+    got = choose(jnp.asarray(logits.T), jnp.asarray(uniforms), greedy=jnp.zeros(4, bool))
     assert set(np.asarray(got.token).tolist()) <= {7, 8, 33}
     assert np.isfinite(got.behavior_logp).all()
 
 
 def test_greedy_takes_the_first_of_the_likeliest_and_reports_0():
     logits = np.array([[0.0, 3, 1, 3, -np.inf], [5, 5, 5, 5, 5]], np.float32)
-    got = choose(jnp.asarray(logits), jnp.full((2, 2), 0.99), greedy=jnp.ones(2, bool))
+    got = choose(jnp.asarray(logits.T), jnp.full((2, 2), 0.99), greedy=jnp.ones(2, bool))
     assert got.token.tolist() == [1, 0] and got.behavior_logp.tolist() == [0, 0]
     np.testing.assert_allclose(got.policy_logp, [np.log(softmax(logits[0])[1]), np.log(0.2)], atol=1e-6)
 
@@ -66,7 +66,7 @@ def test_tokens_rarer_than_float32_noise_can_be_drawn():
     logits[-1] = -20
     share = np.exp(-20.0) / 8
     uniforms = np.array([[(7 + 0.5) / 8, 1 - share / 4], [(7 + 0.5) / 8, 1 - 4 * share - 2.0**-23]], np.float32)
-    got = choose(jnp.broadcast_to(logits, (2, 64)), jnp.asarray(uniforms), greedy=jnp.zeros(2, bool))
+    got = choose(jnp.broadcast_to(logits[:, None], (64, 2)), jnp.asarray(uniforms), greedy=jnp.zeros(2, bool))
     assert got.token.tolist() == [63, 62]
 
 
@@ -89,15 +89,15 @@ def test_restrictions_are_those_of_sorting(seed):
     logits[::4] = np.round(logits[::4])  # ties, and zeros of both signs
     k, p = rng.integers(0, v + 20, n), rng.choice([1.0, 0.05, 0.5, 0.9, 0.99], n)
     m = rng.choice([0.0, 0.01, 0.3, 1.0], n)
-    got = jax.jit(restrict)(logits, top_k=k, top_p=np.float32(p), min_p=np.float32(m))
+    got = jax.jit(restrict)(logits.T, top_k=k, top_p=np.float32(p), min_p=np.float32(m)).T
     want = np.stack([sorted_out(*row) for row in zip(logits, k, p, m)])
     np.testing.assert_array_equal(np.asarray(got) > -np.inf, want)
     np.testing.assert_array_equal(np.asarray(got)[want], logits[want])
 
 
 def test_nothing_asked_keeps_everything_and_the_forbidden_goes_first():
-    logits = np.array([[2.0, 1, 0, -1]], np.float32)
+    logits = np.array([[2.0], [1], [0], [-1]], np.float32)
     keep = restrict(logits, top_k=np.array([0]), top_p=np.float32([1]), min_p=np.float32([0]))
     np.testing.assert_array_equal(keep, logits)
-    without = restrict(logits, forbidden=np.array([[True, False, False, False]]), top_k=np.array([2]))
-    np.testing.assert_array_equal(without, [[-np.inf, 1, 0, -np.inf]])
+    without = restrict(logits, forbidden=np.array([[True], [False], [False], [False]]), top_k=np.array([2]))
+    np.testing.assert_array_equal(without, [[-np.inf], [1], [0], [-np.inf]])
