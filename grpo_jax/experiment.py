@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from grpo_jax.training.optimizer import optimizer as make_optimizer
 from grpo_jax.training.recording import Recorder
 from grpo_jax.training.report import figure, report
 from grpo_jax.training.step import Policy
-from grpo_jax.training.stopping import StopSignal
+from grpo_jax.training.stopping import StopSignal, due, next_due
 from grpo_jax.types import Method, Prompt, Request, Rollout, State
 
 CONFIG_FILE = "config.yaml"
@@ -235,18 +234,16 @@ class Experiment:
             step = run.state.step
             finished, position = step >= steps, self.pool.state()
             try:
-                if step == 0 or finished or _due(step, config.evaluation.every):
+                if step == 0 or finished or due(step, config.evaluation.every):
                     self._evaluate_once(step, writer, bar)
-                if finished or stop.asked or _due(step, config.checkpoint.every) or (step == 0 and config.warmup):
+                if finished or stop.asked or due(step, config.checkpoint.every) or (step == 0 and config.warmup):
                     with run.clock("checkpoint"):
                         self.save()
                 if finished or stop.asked:
                     self.checkpoints.wait()
                     return
                 if fused:
-                    until = min(
-                        steps, *(_next(step, every) for every in (config.evaluation.every, config.checkpoint.every))
-                    )
+                    until = min(steps, *(next_due(step, x.every) for x in (config.evaluation, config.checkpoint)))
                     fused.advance(until, stopped=lambda: stop.asked, written=written)
                     continue
                 iterate(run)
@@ -358,10 +355,7 @@ class Experiment:
         return list(pool)[: section.prompts]
 
     def _columns(self) -> list[str]:
-        names: dict[str, None] = {}
-        for prompt in self.pool:
-            names |= dict.fromkeys(prompt.columns)
-        return list(names)
+        return list(dict.fromkeys(name for prompt in self.pool for name in prompt.columns))
 
     def _write_config(self) -> None:
         if jax.process_index() == 0:
@@ -404,12 +398,3 @@ class Experiment:
 
 def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
-
-
-def _next(step: int, every: int) -> float:
-    """The next step at which something is due that happens every so many; 0: never."""
-    return step - step % every + every if every else math.inf
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step > 0 and step % every == 0

@@ -384,22 +384,17 @@ class Method(NamedTuple):
 
 class Domain(NamedTuple):
     """A policy domain, for instance language models: two functions and nothing in the loop.
-
     sample(params by role, requests, key, numbers) -> Rollout, on the host. `numbers` counts the rows drawn so far in
     this step per (role, prompt); it is where `index` goes on.
-
     evaluate(params, batch, role, wants) -> Decisions, in jit. Rows lie in C equal runs, run c under context c:
     `batch.contexts` holds as many contexts as there are runs, so no key or value is ever gathered per row.
-
     text(rollout) -> what the reward functions read, one completion per row, on the host.
-
-    Two more let an iteration be one program. prepare(requests, numbers) -> (rollout, launches), on the host: the rows
-    in which nothing is drawn yet, and arrays that say how to draw them, of the same shapes whatever the prompts are.
-    draw(params by role, batch, launches, key) -> the batch with its decisions, in jit; the same as `sample` draws.
+    For iterations as one program: prepare(requests, numbers) -> (rollout, launches), on the host, with nothing drawn;
+    draw(params by role, batch, launches, key) -> the batch with its decisions, in jit, as `sample` draws them.
     """
 
     sample: Callable[..., Rollout]
     evaluate: Callable[..., Decisions]
     text: Callable[[Rollout], list[str]]
     prepare: Callable[..., tuple[Rollout, PyTree]] | None = None
-    draw: Callable[..., Rollout] | None = None
+    draw: Callable[..., Batch] | None = None

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from grpo_jax.models.config import Rope
 
+MASKED = -1e30  # finite: a part in which everything is masked must not give inf - inf
 NOWHERE = np.iinfo(np.int32).max  # the position of a key that no query may see
 
 

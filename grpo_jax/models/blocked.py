@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.models.attention import MASKED
+
 KEPT = "kept"  # the name of what a layer keeps for its backward pass
-_MASKED = -1e30  # finite: a part in which everything is masked must not give inf - inf
 _BANDS, _NARROWEST = 8, 32  # keys above the diagonal are skipped in so many steps, of so many queries at least
 _SCORES_TO_QUERIES = 4  # of the memory of a block's scores to that of all queries; the same however rows are divided
 
@@ -180,7 +181,7 @@ def _scores(options: _Options, q: Array, part: _Part) -> tuple[Float[Array, "C H
     if options.softcap is not None:
         bent = jnp.tanh(scores / options.softcap)
         scores, bend = options.softcap * bent, 1 - bent * bent
-    return jnp.where(part.seen, scores, _MASKED), bend
+    return jnp.where(part.seen, scores, MASKED), bend
 
 
 def _product(letters: str, one: Array, other: Array) -> Float[Array, "..."]:

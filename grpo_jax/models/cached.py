@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.attention import softcap
+from grpo_jax.models.attention import MASKED, softcap
 from grpo_jax.models.kernels import attend_newest, on_tpu
 
 STAGES = 4  # widths at which a row's own keys and values are read: an eighth more than is filled, on average
-_MASKED = -1e30  # finite: a part in which everything is masked must not give inf - inf
 
 
 class KeysValues(NamedTuple):
@@ -81,7 +80,7 @@ def attend_cached(
         visible = there & (places <= here)
         if window is not None:
             visible &= places > here - window
-        scores = jnp.where(visible, scores, _MASKED)
+        scores = jnp.where(visible, scores, MASKED)
         top = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
         return weights, top[..., 0], weights.sum(axis=-1)

@@ -104,8 +104,11 @@ def _array(name: str, values: Any) -> np.ndarray | None:
     """A column as the compiled iteration has it; None for one that does not hold numbers."""
     if name in DTYPES:
         return np.asarray(values, DTYPES[name])
-    if not isinstance(values, list):
-        return None
+    return numeric(values) if isinstance(values, list) else None
+
+
+def numeric(values: list[Any]) -> np.ndarray | None:
+    """A dataset's column as float32, NaN where a row has nothing; None if it does not hold numbers of that size."""
     if not all(v is None or (isinstance(v, NUMBERS) and abs(v) < LARGEST) for v in values):  # type: ignore[operator]
         return None
     return np.asarray(values, np.float32)

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grpo_jax.rewards.traced import numeric
 from grpo_jax.sampling.decoding import Cells, Drawn
 from grpo_jax.types import Contexts, Request, Rollout
 
 OPTIONS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_new": 0, "score": True}
-
-LARGEST = 1e38  # beyond it a number is no float32
 
 
 class Rows(NamedTuple):
@@ -179,13 +178,12 @@ def _prefix(request: Request, encode_text, stop_ids: Sequence[int]) -> tuple[np.
 
 def _numeric_columns(requests: Sequence[Request], counts: Sequence[int]) -> dict[str, np.ndarray]:
     """The dataset columns that hold numbers, NaN where a row has none; the rest stays with the prompts."""
-    number = (bool, int, float, np.number, np.bool_)
     columns = {}
     for name in dict.fromkeys(name for r in requests for name in r.prompt.columns):
         values = [r.prompt.columns.get(name) for r in requests]
-        numeric = all(v is None or (isinstance(v, number) and abs(v) < LARGEST) for v in values)
-        if numeric and any(v is not None for v in values):
-            columns[name] = np.repeat(np.asarray(values, np.float32), counts)
+        column = numeric(values)
+        if column is not None and any(v is not None for v in values):
+            columns[name] = np.repeat(column, counts)
     return columns
 
 

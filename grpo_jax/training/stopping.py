@@ -1,7 +1,8 @@
-"""Stopping a run from outside, without losing a step."""
+"""Where a run pauses: asked from outside, without losing a step, or because something is due."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 
@@ -28,3 +29,13 @@ class StopSignal:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether what happens every so many steps (0: never) is due, step 0 apart."""
+    return every > 0 and step > 0 and step % every == 0
+
+
+def next_due(step: int, every: int) -> float:
+    """The next step after this one at which it is due."""
+    return step - step % every + every if every else math.inf
