@@ -15,34 +15,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the compiler alone: there is no machine to ask about itself
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.compiled import Cost, Program
 from grpo_jax.methods.grpo import grpo
 from grpo_jax.models import TransformerConfig, evaluate
 from grpo_jax.models.sharding import shardings
 from grpo_jax.models.transformer import abstract, logical_axes
+from grpo_jax.planning.chips import open_slice
+from grpo_jax.planning.collectives import Wires, collectives
+from grpo_jax.planning.costs import Cost, Program
+from grpo_jax.planning.rehearsal import placed
+from grpo_jax.planning.roofline import Work, forward_flops, head_weights, layer_weights
 from grpo_jax.sampling.decoding import Cells, draw
-from grpo_jax.sampling.language_model import cast
+from grpo_jax.sampling.weights import cast
 from grpo_jax.training.mesh import make_mesh
-from grpo_jax.training.step import Policy, train_step
+from grpo_jax.training.step import Policy, moments, train_step
 from grpo_jax.types import Batch, Contexts, Decisions
 
 QWEN = TransformerConfig(
@@ -71,28 +67,25 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=QWEN.num_layers)
     parser.add_argument("--save", type=Path, help="folder for the compiled programs' text")
     options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     config = dataclasses.replace(QWEN, num_layers=options.layers)
     print("| chip | program | GB moved | floor | ratio | TFLOP | floor | ratio | GB on the wire |\n" + "|---" * 9 + "|")
     for chip in options.chips:
+        place = open_slice(f"{chip}:2x2")
         for name in options.programs:
-            devices = chips(chip)[: 4 if name == "update" else 1]
+            devices = place.devices[: 4 if name == "update" else 1]
             mesh = make_mesh(data=1, fsdp=len(devices), devices=devices)
             begun = time.perf_counter()
             with jax.set_mesh(mesh):
                 text = PROGRAMS[name](config, mesh).compile().as_text()
             if options.save:
                 (options.save / f"{name}_{chip}.txt").write_text(text)
-            for line in LINES[name](config, Program(text)):
-                print(f"| {chip} x{len(devices)} {_row(line)}", flush=True)
+            program = Program(text)
+            wire = sum(c.wire for c in collectives(program, Wires(mesh, place.chip, place.shape), {"": 1.0}))
+            for line in LINES[name](config, program):
+                print(f"| {chip} x{len(devices)} {_row(line, wire)}", flush=True)
+                wire = 0.0  # of the whole program, said once
             print(f"compiled {name} for {chip} in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
-
-
-def chips(kind: str) -> list[Any]:
-    """The devices of a slice of four that nobody needs to have."""
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:2x2").devices)
-    except (RuntimeError, NotImplementedError, ValueError, OSError) as error:
-        raise SystemExit(f"no TPU compiler: pip install 'grpo_jax[tpu]' brings it; {error}") from error
 
 
 def sample(config: TransformerConfig, mesh: Mesh) -> Any:
@@ -132,8 +125,12 @@ def update(config: TransformerConfig, mesh: Mesh) -> Any:
         donate_argnums=0,
     )
     order = _array(mesh, (2, mesh.size, ROWS), jnp.int32)
-    moments = _like(jax.eval_shape(optimizer.init, params), params, mesh)
-    return step.lower(Policy(params, moments), _batch(mesh, 2 * mesh.size), order, _array(mesh, (), jnp.int32))
+    return step.lower(
+        Policy(params, moments(params, optimizer, mesh)),
+        _batch(mesh, 2 * mesh.size),
+        order,
+        _array(mesh, (), jnp.int32),
+    )
 
 
 def sampled(config: TransformerConfig, program: Program) -> Iterator[Line]:
@@ -170,12 +167,11 @@ def updated(config: TransformerConfig, program: Program) -> Iterator[Line]:
 
 def _weights(config: TransformerConfig) -> float:
     """Bytes of the layers' matrices in bfloat16, which is also their FLOPs per token."""
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    return 2.0 * config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+    return 2 * layer_weights(config)
 
 
 def _head(config: TransformerConfig) -> float:
-    return 2.0 * config.hidden_size * config.vocab_size
+    return 2 * head_weights(config)
 
 
 def _streams(config: TransformerConfig, tokens: int) -> float:
@@ -187,9 +183,8 @@ def _streams(config: TransformerConfig, tokens: int) -> float:
 
 def _forward(config: TransformerConfig, contexts: int, rows: int) -> float:
     """FLOPs of the layers on contexts with so many rows each."""
-    tokens = contexts * (PROMPT + rows * NEW)
-    pairs = contexts * (PROMPT * (PROMPT + 1) / 2 + rows * NEW * (PROMPT + (NEW + 1) / 2))
-    return tokens * _weights(config) + 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    work = Work(contexts, rows, PROMPT, NEW)
+    return forward_flops(config, work) - _head(config) * contexts * rows * NEW
 
 
 def _array(mesh: Mesh, shape: tuple, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -198,19 +193,7 @@ def _array(mesh: Mesh, shape: tuple, dtype: Any) -> jax.ShapeDtypeStruct:
 
 def _params(config: TransformerConfig, mesh: Mesh, dtype: Any) -> tuple[Any, Any]:
     graphdef, params = abstract(config, dtype)
-    places = shardings(logical_axes(config), mesh)
-    return graphdef, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, places)
-
-
-def _like(state: Any, params: Any, mesh: Mesh) -> Any:
-    """What the optimiser keeps of a parameter lies as the parameter does."""
-    named = {tuple(map(str, path)): x for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
-
-    def place(path: tuple, x: Any) -> Any:
-        ends = (tuple(map(str, path))[n:] for n in range(len(path)))
-        return next((named[end] for end in ends if end in named), _array(mesh, x.shape, x.dtype))
-
-    return jax.tree_util.tree_map_with_path(place, state)
+    return graphdef, placed(params, shardings(logical_axes(config), mesh))
 
 
 def _batch(mesh: Mesh, contexts: int) -> Batch:
@@ -237,16 +220,14 @@ def _batch(mesh: Mesh, contexts: int) -> Batch:
     )
 
 
-def _row(line: Line) -> str:
+def _row(line: Line, wire: float) -> str:
     seen, floor = line.seen, line.floor
     flops = [f"{seen.flops / 1e12:.3g}", f"{floor.flops / 1e12:.3g}", f"{seen.flops / max(floor.flops, 1):.2f}"]
     if line.recomputed:
         flops[1:] = [f"{flops[1]} ({line.recomputed / 1e12:.3g})", f"{flops[2]} ({seen.flops / line.recomputed:.2f})"]
     moved = [f"{seen.bytes / 1e9:.2f}", f"{floor.bytes / 1e9:.2f}", f"{seen.bytes / floor.bytes:.2f}"]
     return (
-        "| "
-        + " | ".join([line.program, *moved, *(flops if floor.flops else ["", "", ""]), f"{seen.wire / 1e9:.2f}"])
-        + " |"
+        "| " + " | ".join([line.program, *moved, *(flops if floor.flops else ["", "", ""]), f"{wire / 1e9:.2f}"]) + " |"
     )
 
 

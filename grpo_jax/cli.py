@@ -1,4 +1,4 @@
-"""The command line: train, eval, sample, export, report, config, methods."""
+"""The command line: train, plan, eval, sample, export, report, config, methods."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 EXAMPLES = """\
   grpo-jax train configs/quickstart.yaml
   grpo-jax train configs/gsm8k_qwen.yaml model.path=Qwen/Qwen2.5-0.5B-Instruct optimizer.learning_rate=2e-6
+  grpo-jax plan configs/gsm8k_qwen.yaml --topology v5e:2x4
   grpo-jax eval runs/quickstart
   grpo-jax sample runs/quickstart "23+45=" --count 8
   grpo-jax export runs/quickstart my-model
@@ -27,7 +28,31 @@ Train as CONFIG (a YAML file) says; key.path=value overrides any of its keys, wi
 The run's directory (`directory`, default runs/NAME) gets config.yaml, metrics.jsonl, samples.jsonl, TensorBoard files,
 checkpoints/, report.html and its picture. The same command goes on from the newest checkpoint. Ctrl-C and SIGTERM stop
 after the step in hand and save one (a second Ctrl-C stops at once). The last line, for scripts, is
-`NAME: pass@1 BEFORE -> AFTER in S s`; with evaluation.at_least set, a pass@1 below it makes the exit status 1."""
+`NAME: pass@1 BEFORE -> AFTER in S s`; with evaluation.at_least set, a pass@1 below it makes the exit status 1.
+
+On many hosts the same command runs on each, once. Under SLURM, Open MPI, GKE or XPK, and on the workers of a TPU slice,
+they find each other; elsewhere each is told three things, in flags or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID:
+  grpo-jax train configs/quickstart.yaml --coordinator 10.0.0.1:8476 --processes 2 --process 0
+Process 0 writes and speaks; checkpoints need a directory that all share. They must be started alike (configuration,
+code, versions, prompts), which is checked first. When one fails or dies, all stop within a minute or two and say which,
+and the same command goes on from the newest checkpoint, with any number of processes. A signal to one stops all after
+the same step."""
+
+PLAN = """\
+What the run of a configuration would take of a slice of TPUs, before there is one: the programs that `train` runs are
+compiled for it by libtpu (pip install 'grpo_jax[tpu]'), on any machine, without weights, tokenizer or prompts; of the
+model a directory with its config.json is enough.
+  grpo-jax plan configs/plans/qwen3-8b.yaml --topology v6e:4x4 mesh.fsdp=16 batch.tokens_per_device=8192
+  grpo-jax plan configs/plans/qwen3-8b.yaml --topology v5e:8x8 --slices 2 --mesh auto --json plan.json
+
+Shown, per chip: memory of every program (parameters, optimizer, gradients, keys and values, activations, temporaries)
+and what is left of the chip; every kind of message with its bytes, mesh axes, and whether it stays in the slice (ICI)
+or leaves it (DCN); a roofline of the step; and if it does not fit, keys of the configuration that help. A plan takes
+some minutes, most of them in the compiler. Exit status 2: it does not fit.
+
+--mesh auto compiles the most promising meshes, with smaller and larger micro-batches, and prints the fastest that fits
+with the lines for the configuration."""
 
 EVAL = """\
 Evaluate a run's policy (its best checkpoint, else the newest) or the model of a configuration on the held-out prompts:
@@ -47,7 +72,7 @@ METHODS = "The methods that method.name may say, a line each; with a name, what 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run. Errors that are the user's to mend come as one message without a traceback (GRPO_JAX_DEBUG=1
     shows it)."""
-    options = parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         status = options.run(options)
     except KeyboardInterrupt as error:
@@ -63,9 +88,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         inner = error.__cause__
         told = inner is None or str(inner) in str(error)
         cause = "" if told else f"\ncaused by {type(inner).__name__}: {inner}"
-        print(f"grpo-jax: {error}{cause}{notes}", file=sys.stderr)
+        print(f"grpo-jax: {_who()}{error}{cause}{notes}", file=sys.stderr)
         status = 1
     sys.exit(status or 0)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments; overrides may stand anywhere among the options."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    if rest and hasattr(options, "overrides") and not any(text.startswith("-") for text in rest):
+        options.overrides = [*options.overrides, *rest]
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,6 +124,18 @@ def parser() -> argparse.ArgumentParser:
     added = command("train", "train a model", TRAIN, train)
     added.add_argument("config", help="YAML file")
     added.add_argument("overrides", **overrides)
+    several = added.add_argument_group("several processes, where no launcher tells them of each other")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; the port is any that is free there")
+    several.add_argument("--processes", type=int, metavar="N", help="how many; 1: alone, whatever the launcher says")
+    several.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
+
+    added = command("plan", "what a run takes of a slice of TPUs", PLAN, plan)
+    added.add_argument("config", help="YAML file")
+    added.add_argument("overrides", **overrides)
+    added.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v4, v5e, v5p or v6e, and sides")
+    added.add_argument("--slices", type=int, default=1, help="slices joined by the data-center network (default: 1)")
+    added.add_argument("--mesh", choices=["auto"], help="auto: look for the fastest mesh; default: the configured one")
+    added.add_argument("--json", metavar="FILE", help="write the plan as JSON too; -: print it instead of tables")
 
     added = command("eval", "evaluate a run or a model", EVAL, evaluate)
     added.add_argument("target", help="run directory, or configuration file")
@@ -124,27 +172,51 @@ def parser() -> argparse.ArgumentParser:
 
 def train(options: argparse.Namespace) -> int:
     started = time.perf_counter()
+    from grpo_jax import processes
     from grpo_jax.experiment import Experiment
     from grpo_jax.training.configuration import load_config
 
     config = load_config(options.config, options.overrides)
+    processes.join(coordinator=options.coordinator, processes=options.processes, process=options.process)
+    if processes.index():
+        _silence()
     experiment = Experiment(config)
     experiment.train()
     before, after = experiment.evaluations.get(0), experiment.evaluations.get(experiment.run.state.step)
     seconds = time.perf_counter() - started
     if experiment.run.state.step < config.steps:
         return 143  # stopped from outside: nothing that comes after it should take it for finished
+    say = print if _speaks() else lambda text: None
     if before is None or after is None:
-        print(f"{config.name}: {experiment.run.state.step} steps in {seconds:.0f} s")
+        say(f"{config.name}: {experiment.run.state.step} steps in {seconds:.0f} s")
         return 0
-    print(f"{config.name}: pass@1 {before['pass@1']:.2f} -> {after['pass@1']:.2f} in {seconds:.0f} s")
+    say(f"{config.name}: pass@1 {before['pass@1']:.2f} -> {after['pass@1']:.2f} in {seconds:.0f} s")
     least = config.evaluation.at_least
     return 1 if least is not None and after["pass@1"] < least else 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device, not even where there is one
+    from grpo_jax.planning import command
+    from grpo_jax.training.configuration import load_config
+
+    config = load_config(options.config, options.overrides)
+    where = {"topology": options.topology, "slices": options.slices, "auto": options.mesh == "auto"}
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # JAX cannot read back what it keeps of absent chips
+    try:
+        return 0 if command.run(config, **where, json_file=options.json) else 2
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
 
 
 def evaluate(options: argparse.Namespace) -> int:
     experiment = _open(options.target, options.step, options.overrides)
     result = experiment.evaluate()
+    if not _speaks():
+        return 0
     from grpo_jax.training.progress import table
 
     table("held-out", ["", "value"], list(result.numbers.items()))
@@ -160,6 +232,8 @@ def sample(options: argparse.Namespace) -> int:
     experiment = _open(options.target, options.step)
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
     rows = experiment.sample(prompt, count=options.count, temperature=options.temperature, seed=options.seed)
+    if not _speaks():
+        return 0
     texts = experiment.domain.text(rows)
     logps = [rows.sampler_logps[i, : rows.lengths[i]].tolist() for i in range(len(rows))]
     if options.json:
@@ -182,6 +256,8 @@ def export(options: argparse.Namespace) -> int:
         )
     experiment = _open(options.run_directory, options.step)
     experiment.export(options.path)
+    if not _speaks():
+        return 0
     print(f"{options.path}: load it with transformers.AutoModelForCausalLM.from_pretrained")
     return 0
 
@@ -220,6 +296,28 @@ def show_methods(options: argparse.Namespace) -> int:
     return 0
 
 
+def _speaks() -> bool:
+    """Whether this is the process that prints and writes."""
+    from grpo_jax import processes
+
+    return processes.index() == 0
+
+
+def _who() -> str:
+    """Of several processes, the one that says it."""
+    joined = sys.modules.get("grpo_jax.processes")
+    return f"{joined.name()}: " if joined and joined.count() > 1 else ""
+
+
+def _silence() -> None:
+    """Of several processes one speaks; the others do if they fail."""
+    import logging
+    import warnings
+
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
 def _open(target: str, step: int | None, overrides: Sequence[str] = ()):
     """The experiment of a run's directory with its checkpoint's parameters, or of a configuration with the model's."""
     from grpo_jax.experiment import CONFIG_FILE, Experiment
@@ -232,7 +330,8 @@ def _open(target: str, step: int | None, overrides: Sequence[str] = ()):
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no run: there is no {CONFIG_FILE} in it")
     # The mesh of the training run may need more devices than there are here: one axis over those that there are.
-    here = ["mesh.data=-1", "mesh.fsdp=1", "mesh.tensor=1", f"directory={json.dumps(str(path))}"]
+    sizes = {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1, "expert": 1, "dcn_data": "null"}
+    here = [*(f"mesh.{axis}={size}" for axis, size in sizes.items()), f"directory={json.dumps(str(path))}"]
     experiment = Experiment(load_config(file, [*here, *overrides]))
     used = experiment.restore_params(step)
     print(f"checkpoint of step {used}", file=sys.stderr)

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
-from grpo_jax import methods, models, rewards
-from grpo_jax.advantages import group_z_score
-from grpo_jax.rewards.extraction import marked_answer
+from grpo_jax import methods, processes, rewards
+from grpo_jax.models.kernels import attention_path
 from grpo_jax.supervised import warm_up
 from grpo_jax.training import assemble, metrics, progress
-from grpo_jax.training.checkpoints import Checkpoints
-from grpo_jax.training.compilation import keep_compiled
+from grpo_jax.training.agreement import check_alike, check_shared, of_configuration, of_data
+from grpo_jax.training.compilation import compile_lightly, keep_compiled
 from grpo_jax.training.configuration import Config, check_same_run, load_config, parse, to_yaml
-from grpo_jax.training.evaluation import Evaluation, evaluate_prompts
 from grpo_jax.training.fused import Fused, obstacle
 from grpo_jax.training.instruments import CompileCounter
-from grpo_jax.training.keys import fold
 from grpo_jax.training.loop import Run, iterate
+from grpo_jax.training.mesh import replicate
 from grpo_jax.training.optimizer import optimizer as make_optimizer
 from grpo_jax.training.recording import Recorder
-from grpo_jax.training.report import figure, report
-from grpo_jax.training.step import Policy
+from grpo_jax.training.report import report
 from grpo_jax.training.stopping import StopSignal, due, next_due
-from grpo_jax.types import Method, Prompt, Request, Rollout, State
+from grpo_jax.training.viewing import Viewed
+from grpo_jax.types import Method, Prompt, State
+
+if TYPE_CHECKING:
+    from grpo_jax.training.checkpoints import Checkpoints
 
 CONFIG_FILE = "config.yaml"
 GROUPS_KEPT = 100  # sampled groups that a run writes down, evenly over its steps
 
 
-class Experiment:
+class Experiment(Viewed):
     """A run: made from a configuration, trained, looked at, resumed.
 
     config: a Config, a nested dict of its keys, or the path of a YAML file. prompts: rows in memory (dicts) instead of
@@ -54,17 +56,28 @@ class Experiment:
         method: Method | None = None,
     ) -> None:
         self.started = time.perf_counter()
+        processes.join()
+        compile_lightly()
         keep_compiled()
+        with processes.together():
+            self._open(config, prompts, reward_functions, method)
+            self._check_data()
+
+    def _open(
+        self,
+        config: Config | Mapping[str, Any] | str | os.PathLike,
+        prompts: Sequence[Mapping[str, Any]] | None,
+        reward_functions: Sequence[Callable],
+        method: Method | None,
+    ) -> None:
         if prompts is not None and isinstance(config, Mapping):
             config = {**config, "data": {"source": "memory", **config.get("data", {})}}
         if isinstance(config, Mapping):
             config = parse(config)
         self.config = config if isinstance(config, Config) else load_config(config)
         config = self.config
+        check_alike(of_configuration(config.model_dump(mode="json"), reward_functions))
         self.directory = Path(config.directory)
-        self.checkpoints = Checkpoints(
-            self.directory / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
-        )
         self.model = assemble.open_model(config)
         source = assemble.sources(config, prompts)
         self.pool = assemble.open_pool(
@@ -111,15 +124,26 @@ class Experiment:
         Resumes by itself from the newest checkpoint of the run's directory. Evaluates before the first step and after
         the last, writes metrics, sampled groups and checkpoints on the way, and the report at the end. On an error the
         state after the last whole step is saved first; Ctrl-C and SIGTERM stop after the step in hand.
+
+        Of several processes all call it alike; process 0 writes and speaks. When one fails or dies all stop, with its
+        name, and a signal to one stops all after the same step.
         """
-        config, steps = self.config, self.config.steps if steps is None else steps
-        console = config.metrics.console and not quiet and jax.process_index() == 0
+        steps = self.config.steps if steps is None else steps
+        console = self.config.metrics.console and not quiet and processes.index() == 0
         say = print if console else (lambda text: None)
-        resumed = self.run is None and self.checkpoints.latest() is not None
+        with processes.together():
+            self._train(steps, say, console)
+        if processes.index() == 0:
+            self._finish(say, steps)
+        return self.evaluations.get(self.run.state.step, self.numbers)
+
+    def _train(self, steps: int, say: Callable[[str], None], console: bool) -> None:
+        config = self.config
+        resumed = self.run is None and self._newest() is not None
+        check_shared(self._kept_in)
+        processes.run_by_first(lambda: self._write_config(resumed), "the configuration of the run")
         if resumed:
-            check_same_run(load_config(self.directory / CONFIG_FILE), self.config)
             self.resume()
-        self._write_config()
         first = self.run.state.step if self.run else 0
         with metrics.Metrics(
             self.directory,
@@ -135,11 +159,23 @@ class Experiment:
             bar = progress.Progress(steps, "training", start=first, enabled=console)
             ahead = nullcontext()
             if not fused and self.run.state.step < steps:
-                ahead = self.run.compiled.ahead(assemble.blank_batch(self.language, self.run))
+                ahead = assemble.ahead(self.language, self.run)
             with StopSignal() as stop, bar, self.compiled.explained(), ahead:
                 self._loop(steps, writer, bar, stop, fused)
-        self._finish(say, steps)
-        return self.evaluations.get(self.run.state.step, self.numbers)
+
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints:
+        from grpo_jax.training.checkpoints import Checkpoints  # Orbax takes long to import, and a first step needs none
+
+        kept = self.config.checkpoint
+        return Checkpoints(self._kept_in, keep=kept.keep, keep_best=kept.keep_best)
+
+    @property
+    def _kept_in(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def _newest(self) -> int | None:
+        return self.checkpoints.latest() if self._kept_in.is_dir() else None
 
     def begin(self, params: Any = None) -> Run:
         """The run at step 0, from these parameters (default: the model's)."""
@@ -147,6 +183,7 @@ class Experiment:
         transform, self.schedule = make_optimizer(config.optimizer, config.steps * config.training.number)
         params = self._starting_params() if params is None else params
         self.pool.restore(self.pool_start)
+        state = self.method.init(self.pool)
         self.run = Run(
             method=self.method,
             domain=self.domain,
@@ -156,7 +193,7 @@ class Experiment:
             mesh=self.model.mesh,
             layout=self.layout,
             policies=assemble.roles_of(self.method, params, transform, self.model.mesh),
-            state=self.method.init(self.pool),
+            state=state._replace(arrays=replicate(state.arrays, self.model.mesh)),
             seed=config.seed,
             updates=config.training.updates,
             passes=config.training.passes,
@@ -223,7 +260,7 @@ class Experiment:
         )
 
         def written(step: int, times: dict[str, float] | None = None) -> None:
-            rate, failures = float(self.schedule(step * config.training.number)), self.verify.take_failures()
+            rate, failures = float(self.schedule(step * config.training.number)), self._failures()
             settled = step > first
             self.numbers = recorder.write(step, rate, failures, groups=step % every == 0, settled=settled, times=times)
             bar.update(step + 1, **self.numbers)
@@ -232,19 +269,19 @@ class Experiment:
         self.compiled.lap()
         while True:
             step = run.state.step
-            finished, position = step >= steps, self.pool.state()
+            finished, position, stopping = step >= steps, self.pool.state(), stop.agreed()
             try:
                 if step == 0 or finished or due(step, config.evaluation.every):
                     self._evaluate_once(step, writer, bar)
-                if finished or stop.asked or due(step, config.checkpoint.every) or (step == 0 and config.warmup):
+                if finished or stopping or due(step, config.checkpoint.every) or (step == 0 and config.warmup):
                     with run.clock("checkpoint"):
                         self.save()
-                if finished or stop.asked:
+                if finished or stopping:
                     self.checkpoints.wait()
                     return
                 if fused:
                     until = min(steps, *(next_due(step, x.every) for x in (config.evaluation, config.checkpoint)))
-                    fused.advance(until, stopped=lambda: stop.asked, written=written)
+                    fused.advance(until, stopped=stop.agreed, written=written)
                     continue
                 iterate(run)
             except BaseException as error:
@@ -264,88 +301,15 @@ class Experiment:
     def _rescue(self, step: int, position: Mapping[str, Any], error: BaseException) -> None:
         self.pool.restore(position)
         alive = not any(x.is_deleted() for x in jax.tree.leaves(self.run.policies))
+        alike = processes.settle(error)  # all processes write a checkpoint, or none
         if not (alive and self.run.whole):
             self.run = None  # half a step is lost; the next call goes on from the newest checkpoint
-        elif self.run.state.step == step:
+        elif alike and self.run.state.step == step:
             self.save()
             self.checkpoints.wait()
             error.add_note(
                 f"The state after {step} steps is in {self.checkpoints.directory}; the same command goes on from there."
             )
-
-    def evaluate(self, prompts: Sequence[Prompt] | None = None) -> Evaluation:
-        """Held-out numbers of the current policy: greedy, pass@1, unbiased pass@k, maj@k."""
-        section = self.config.evaluation
-        prompts = self.held_out if prompts is None else prompts
-        if not prompts:
-            raise ValueError("there are no held-out prompts: set evaluation.source")
-        return evaluate_prompts(
-            self.domain,
-            self._params(),
-            prompts,
-            self.verify,
-            fold(self.config.seed, "evaluation"),
-            samples=section.samples,
-            k=section.k,
-            greedy=section.greedy,
-            channel=section.channel,
-            extract=lambda text: marked_answer(text) or text.strip(),
-            step=self.run.state.step if self.run else 0,
-        )
-
-    def sample(
-        self,
-        prompt: Prompt | str | Sequence[Mapping[str, str]],
-        *,
-        count: int | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> Rollout:
-        """A group of completions of the current policy; `language.text(rollout)` is their text."""
-        prompt = prompt if isinstance(prompt, Prompt) else Prompt(0, prompt)
-        temperature = options.pop("temperature", None)
-        asked = [
-            Request(
-                prompt,
-                count=self.config.batch.group_size if count is None else count,
-                temperature=temperature,
-                options=options,
-            )
-        ]
-        return self.domain.sample(self._params(), asked, fold(seed, "sample"))
-
-    def group(self, prompt: Prompt | None = None) -> None:
-        """Print a group of completions with their rewards and advantages."""
-        prompt = prompt or (self.held_out or list(self.pool))[0]
-        rows = self.sample(prompt)
-        texts = self.domain.text(rows)
-        rows = self.verify([prompt] * len(rows), rows, texts, self.run.state.step if self.run else 0)
-        advantages = np.asarray(group_z_score(rows.score(), rows.group_ids))
-        progress.group_table(
-            prompt.text, texts, {c: rows.score(c).tolist() for c in rows.channels}, advantages.tolist()
-        )
-
-    def plot(self) -> Any:
-        """The run's curves, as a matplotlib figure."""
-        return figure(self.directory)
-
-    def export(self, path: str | os.PathLike) -> None:
-        """Write the current policy as a Hugging Face directory."""
-        source = self.config.model.path if Path(self.config.model.path).is_dir() else None
-        models.export(path, self.model.config, self._params()["policy"], source=source, tokenizer=self.model.tokenizer)
-
-    def restore_params(self, step: int | None = None) -> int:
-        """Only the policy's parameters from a checkpoint (default: the best, else the newest), for looking at it."""
-        kept = (step, self.checkpoints.best(), self.checkpoints.latest())
-        step = next((s for s in kept if s is not None), None)
-        if step is None:
-            raise FileNotFoundError(f"there is no checkpoint in {self.checkpoints.directory}: train first")
-        arrays, _ = self.checkpoints.restore(step, {"policies": {"policy": Policy(self.model.params)}}, partial=True)
-        self.model, self.run = self.model._replace(params=arrays["policies"]["policy"].params), None
-        return step
-
-    def _params(self) -> dict[str, Any]:
-        return self.run.params if self.run else {"policy": self.model.params}
 
     def _held_out(self, source: Any) -> list[Prompt]:
         if source is None:
@@ -357,10 +321,25 @@ class Experiment:
     def _columns(self) -> list[str]:
         return list(dict.fromkeys(name for prompt in self.pool for name in prompt.columns))
 
-    def _write_config(self) -> None:
-        if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+    def _write_config(self, resumed: bool) -> None:
+        if resumed:
+            check_same_run(load_config(self.directory / CONFIG_FILE), self.config)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+
+    def _check_data(self) -> None:
+        """Several processes have read the same prompts and weights, and see the same checkpoints."""
+        if processes.count() > 1:
+            prompts = {"the prompts": list(self.pool), "the held-out prompts": self.held_out}
+            check_alike(of_data(prompts, model=self.config.model.path, kept_in=self._kept_in))
+
+    def _failures(self) -> list[str]:
+        """What reward functions failed at in the step, on any process, where that is marked and not raised."""
+        own = self.verify.take_failures()
+        if processes.count() == 1 or self.config.on_reward_error == "stop":
+            return own
+        every = processes.exchange(json.dumps(own), "the end of a step")
+        return [f"{processes.name(i)}: {text}" for i, texts in enumerate(every) for text in json.loads(texts)]
 
     def _warm_params(self, writer: metrics.Metrics, console: bool) -> Any:
         params = self._starting_params()
@@ -379,6 +358,9 @@ class Experiment:
         say(f"{self.config.name}: {size:,} parameters, method {self.config.method.name}, in {self.directory}")
         size = self.method.group_size
         say(assemble.describe_layout(self.layout, self.config, self.model.mesh, group_size=size))
+        for line in (self.language.arrangement.said, attention_path(self.model.config, self.model.mesh)):
+            if line:
+                say(line)
         if self.pool.too_long:
             say(f"{self.pool.too_long} of {self.pool.rows} prompts are longer than data.max_prompt and were left out")
         if resumed:
@@ -386,8 +368,7 @@ class Experiment:
 
     def _finish(self, say: Callable[[str], None], steps: int) -> None:
         run = self.run
-        if jax.process_index() == 0:
-            png, html = report(self.directory)
+        png, html = report(self.directory)
         before, after = self.evaluations.get(0), self.evaluations.get(run.state.step)
         if say is print:
             progress.outcome(before, after, metrics.read_samples(self.directory))

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
 from grpo_jax import models
 from grpo_jax.sampling import LanguageModel, bucket
+from grpo_jax.sampling.weights import arrange
 from grpo_jax.training import assemble, step
 from grpo_jax.training.step import Policy
 from grpo_jax.types import Batch, Decisions, Key, Method, Prompt, PyTree, Request, Rollout
@@ -53,6 +55,7 @@ def sample_groups(
         tokens=len(asked) * width,
         temperature=temperature,
         options=options,
+        arrangement=arrange(model.config, model.mesh, jax.tree.leaves(model.params)[0].dtype),
     )
     requests = [Request(p, count=group_size) for p in asked]
     rows = language.sample({"policy": model.params if params is None else params}, requests, key)

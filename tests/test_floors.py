@@ -12,6 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 FLOORS = {
+    "processes": 1,
     "references": 1,
     "segments": 1,
     "types": 1,
@@ -27,8 +28,9 @@ FLOORS = {
     "supervised": 7,
     "experiment": 8,
     "pieces": 8,
-    "cli": 9,
-    "__main__": 10,
+    "planning": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

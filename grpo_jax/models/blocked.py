@@ -19,7 +19,7 @@ _SCORES_TO_QUERIES = 4  # of the memory of a block's scores to that of all queri
 
 
 def blocked_attention(
-    queries: Float[Array, "C G T H D"],
+    queries: Float[Array, "C G S H D"],
     keys: Float[Array, "C G T Hkv D"],
     values: Float[Array, "C G T Hkv D"],
     context: tuple[Float[Array, "C P Hkv D"], Float[Array, "C P Hkv D"]] | None,
@@ -28,7 +28,8 @@ def blocked_attention(
     scale: float,
     softcap: float | None = None,
     window: Int[Array, ""] | int | None = None,
-) -> Float[Array, "C G T H D"]:
+    start: Int[Array, ""] | None = None,
+) -> Float[Array, "C G S H D"]:
     """Causal grouped-query attention of every row over its context and its own tokens; column j of a row stands at
     lengths[c] + j.
 
@@ -39,20 +40,22 @@ def blocked_attention(
     rows. Softmax and sums are float32.
 
     context: keys and values; those at or beyond lengths[c] are not seen and may be NaN. None for none.
+    start: the queries are the columns from there on; None: all columns. Nothing above the diagonal is then left out.
     Source: Dao 2023 (arXiv:2307.08691) for what the backward pass needs.
     """
-    C, G, T, H, D = queries.shape
-    kv_heads, P = keys.shape[3], 0 if context is None else context[0].shape[1]
-    grouped = queries.reshape(C, G, T, kv_heads, H // kv_heads, D).transpose(0, 3, 1, 2, 4, 5)
+    C, G, S, H, D = queries.shape
+    T, kv_heads, P = keys.shape[2], keys.shape[3], 0 if context is None else context[0].shape[1]
+    grouped = queries.reshape(C, G, S, kv_heads, H // kv_heads, D).transpose(0, 3, 1, 2, 4, 5)
     own = tuple(x.transpose(0, 3, 1, 2, 4) for x in (keys, values))
     if P:
         there = (jnp.arange(P) < lengths[:, None])[..., None, None]
         # 0 times NaN would be NaN
         context = tuple(jnp.where(there, x, 0).transpose(0, 2, 1, 3)[:, :, None] for x in context)
-    options = _Options(scale, softcap, H // kv_heads, _blocks(T, int(_SCORES_TO_QUERIES * T * D / (P + T))))
+    blocks = _blocks(S, int(_SCORES_TO_QUERIES * S * D / (P + T)), _BANDS if start is None else 1)
+    options = _Options(scale, softcap, H // kv_heads, blocks)
     grouped = grouped.reshape(C, kv_heads, G, -1, D)
-    out = _attention(options, grouped, own, context if P else None, (lengths, window))
-    return out.reshape(C, kv_heads, G, T, -1, D).transpose(0, 2, 3, 1, 4, 5).reshape(queries.shape)
+    out = _attention(options, grouped, own, context if P else None, (lengths, window, start))
+    return out.reshape(C, kv_heads, G, S, -1, D).transpose(0, 2, 3, 1, 4, 5).reshape(queries.shape)
 
 
 class _Options(NamedTuple):
@@ -73,13 +76,13 @@ class _Part(NamedTuple):
         return x.reshape(*x.shape[:2], self.keys.shape[2], -1, x.shape[-1])
 
 
-def _blocks(T: int, most: int) -> tuple[tuple[int, int, int], ...]:
+def _blocks(T: int, most: int, bands: int) -> tuple[tuple[int, int, int], ...]:
     """Bands of queries, each cut evenly into blocks of at most `most`."""
-    width = -(-T // max(1, min(_BANDS, T // _NARROWEST)))
-    bands = [(first, min(width, T - first)) for first in range(0, T, width)]
+    width = -(-T // max(1, min(bands, T // _NARROWEST)))
+    cut = [(first, min(width, T - first)) for first in range(0, T, width)]
     return tuple(
         (first, size, next(n for n in range(1, size + 1) if size % n == 0 and size // n <= max(most, 1)))
-        for first, size in bands
+        for first, size in cut
     )
 
 
@@ -127,7 +130,7 @@ def _backward(options: _Options, kept: tuple, slope: Array):
     sums = [tuple(jnp.zeros(x.shape, jnp.float32) for x in pair) for pair in given]
     sums, (d_queries,) = _sweep(options, block, sums)
     d_own, *d_context = jax.tree.map(lambda s: s.astype(own[0].dtype), sums)
-    return d_queries, d_own, d_context[0] if d_context else None, (None, None)
+    return d_queries, d_own, d_context[0] if d_context else None, (None, None, None)
 
 
 _attention.defvjp(_forward, _backward)
@@ -158,12 +161,14 @@ def _at(options: _Options, first, size: int, *arrays: Array) -> list[Array]:
 
 def _parts(options: _Options, first, size: int, end: int, own: tuple, context: tuple | None, place: tuple):
     """What queries first..first+size-1 may see: their own columns up to `end`, and the context."""
-    lengths, window = place
-    keys, values = (x[:, :, :, :end] for x in own)
+    lengths, window, start = place
+    keys, values = (x if start is not None else x[:, :, :, :end] for x in own)
     here = (first + jnp.arange(size * options.repeats) // options.repeats)[:, None]
-    seen = jnp.arange(end) <= here
+    here = here if start is None else here + start
+    column = jnp.arange(keys.shape[3])
+    seen = column <= here
     if window is not None:
-        seen &= jnp.arange(end) > here - window
+        seen &= column > here - window
     parts = [_Part(keys, values, seen[None, None, None])]
     if context is not None:
         there = jnp.arange(context[0].shape[3]) - lengths[:, None, None]  # before column 0

@@ -12,6 +12,8 @@ from grpo_jax.models.config import TransformerConfig
 from grpo_jax.models.transformer import merge
 from grpo_jax.types import Batch, Decisions, PyTree
 
+TO_SPARE = 2**26  # bytes
+
 
 def evaluate(
     graphdef, params: PyTree, rows: Batch, *, wants: Sequence[str] = (), remat: bool | None = None
@@ -55,7 +57,8 @@ def evaluate(
 
 
 def outweighs(config: TransformerConfig, tokens: int, params: PyTree) -> bool:
-    """Whether what layers keep of so many tokens takes more memory than training holds of the parameters anyway.
+    """Whether what layers keep of so many tokens takes more memory than training holds of the parameters anyway, and
+    more than any device has to spare.
 
     Kept: input, queries, keys, values, what they read, its sum with the input, gate and up. Held: float32 weights,
     gradient and two moments.
@@ -63,4 +66,4 @@ def outweighs(config: TransformerConfig, tokens: int, params: PyTree) -> bool:
     heads = 2 * config.head_dim * (config.num_heads + config.num_kv_heads)
     kept = config.num_layers * (2 * config.hidden_size + heads + 2 * config.intermediate_size)
     leaves = jax.tree.leaves(params)
-    return tokens * kept * leaves[0].dtype.itemsize > 16 * sum(x.size for x in leaves)
+    return tokens * kept * leaves[0].dtype.itemsize > max(16 * sum(x.size for x in leaves), TO_SPARE)

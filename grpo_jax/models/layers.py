@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.models.attention import rotate
 from grpo_jax.models.blocked import KEPT
 from grpo_jax.models.config import TransformerConfig
-from grpo_jax.models.kernels import by_context
+from grpo_jax.models.sharding import divided
 from grpo_jax.types import Key, PyTree
 
 
@@ -165,14 +165,19 @@ class Layer(nnx.Module):
             self.attention_post_norm = weights.norm("layers norm")
             self.mlp_post_norm = weights.norm("layers norm")
 
-    def __call__(self, x: Float[Array, "*N E"], angles: tuple[Array, Array], mix: Callable) -> tuple[Array, PyTree]:
-        """`mix(queries, keys, values)` → what the heads read, and whatever is to be kept of keys and values."""
+    def __call__(
+        self, x: Float[Array, "*N E"], angles: tuple[Array, Array], mix: Callable, *, axes: str
+    ) -> tuple[Array, PyTree]:
+        """`mix(queries, keys, values)` → what the heads read, and whatever is to be kept of keys and values.
+
+        axes: the logical axes of x, as far as a mesh may divide them.
+        """
         config = self.config
         heads, kept = mix(*self.attention.project(norm(x, self.attention_norm, config), angles))
         y = self.attention.merge(heads)
         x = checkpoint_name(x + (norm(y, self.attention_post_norm, config) if config.post_norms else y), KEPT)
         y = self.mlp(norm(x, self.mlp_norm, config))
-        return by_context(x + (norm(y, self.mlp_post_norm, config) if config.post_norms else y)), kept
+        return divided(x + (norm(y, self.mlp_post_norm, config) if config.post_norms else y), axes), kept
 
 
 @jax.custom_vjp

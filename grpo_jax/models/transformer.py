@@ -17,11 +17,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import NOWHERE, rotary_frequencies
-from grpo_jax.models.blocked import KEPT, blocked_attention
+from grpo_jax.models.blocked import KEPT
 from grpo_jax.models.cached import KeysValues, arranged, attend_cached, written
 from grpo_jax.models.config import TransformerConfig
-from grpo_jax.models.kernels import attend_sequence, by_context, on_tpu
+from grpo_jax.models.kernels import attend_sequence, on_tpu
 from grpo_jax.models.layers import Layer, Weights, norm
+from grpo_jax.models.sharding import divided, parts
+from grpo_jax.models.spread import attend_spread, attend_together, laid, parted
 from grpo_jax.types import Key, PyTree
 
 UNROLLED = 2  # so few layers compile faster without a loop, and run faster: nothing is stacked for the backward pass
@@ -56,12 +58,13 @@ class Transformer(nnx.Module):
 
         def layer(block: Layer, setting: _Setting, x: Array, _: None) -> tuple[Array, KeysValues]:
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
-                return self._attend(query, key, value, lengths, setting, P=P), KeysValues(*arranged(key, value))
+                heard = self._attend(query, key, value, lengths, setting, P=P, axis="S")
+                return heard, KeysValues(*(divided(kept, "cells kv_heads") for kept in arranged(key, value)))
 
-            return block(x, self._pick(angles, setting), mix)
+            return block(x, self._pick(angles, setting), mix, axes="cells")
 
         angles = self._angles(jnp.arange(P, dtype=jnp.int32))
-        return self._scan(layer, self._embed(tokens))[1]
+        return self._scan(layer, self._embed(tokens, "cells"))[1]
 
     def decode(
         self,
@@ -103,10 +106,10 @@ class Transformer(nnx.Module):
                 )
                 return heard, cache
 
-            return block(x, self._pick(angles, setting), mix), None
+            return block(x, self._pick(angles, setting), mix, axes="cells"), None
 
         angles = self._angles(positions[:, None])
-        (x, own), _ = self._scan(layer, (self._embed(tokens), own))
+        (x, own), _ = self._scan(layer, (self._embed(tokens, "cells"), own))
         return norm(x, self.norm, self.config), own
 
     def __call__(
@@ -119,39 +122,51 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "C G T E"]:
         """Hidden states (after the final norm) of G rows per context; each context goes through the network once.
 
+        A mesh with an axis "sequence" that divides T divides the tokens of contexts and rows.
+
         Row column j stands at position prefix_lengths[c] + j; in every layer the rows see their context's keys and
         values of that layer and their own up to j. For the backward pass a layer keeps what its matrix products made,
         and with `remat` nothing but its input.
         """
-        (C, P), (_, G, T) = contexts.shape, tokens.shape
+        _, G, T = tokens.shape
+        cut = parts("tokens") if T % parts("tokens") == 0 else 1
+        contexts = jnp.pad(contexts, ((0, 0), (0, -contexts.shape[1] % cut)))  # beyond their lengths: nobody sees it
+        C, P = contexts.shape
+        axes = "contexts tokens" if cut > 1 else "contexts"
         within = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (C, P))
         columns = prefix_lengths.astype(jnp.int32)[:, None] + jnp.arange(T, dtype=jnp.int32)
 
         def layer(block: Layer, setting: _Setting, x: Array, _: None) -> tuple[Array, None]:
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-                return self._attend(query, key, value, prefix_lengths, setting, P=P, G=G), None
+                return self._attend(query, key, value, prefix_lengths, setting, P=P, G=G, cut=cut), None
 
-            return block(x, self._pick(angles, setting), mix)
+            return block(x, self._pick(angles, setting), mix, axes=axes)
 
         # context and rows lie side by side, so each projection is one matrix product and each weight's gradient too
-        angles = self._angles(jnp.concatenate([within, jnp.tile(columns, (1, G))], axis=1))
-        x = self._embed(jnp.concatenate([contexts, tokens.reshape(C, G * T)], axis=1))
+        angles = self._angles(laid(within, jnp.broadcast_to(columns[:, None], (C, G, T)), cut))
+        x = self._embed(laid(contexts, tokens, cut), axes)
         x = self._scan(layer, x, remat=remat)[0]
-        return norm(x[:, P:].reshape(C, G, T, -1), self.norm, self.config)
+        return norm(parted(x, P, G, cut)[1], self.norm, self.config)
 
     def empty(self, C: int, G: int, T: int, dtype: Any) -> KeysValues:
         """An own cache of zeros for C contexts of G rows of T columns."""
         rows = (self.config.num_layers, C, G, self.config.num_kv_heads)
         size = self.config.head_dim
-        return KeysValues(jnp.zeros((*rows, size, T), dtype), jnp.zeros((*rows, T, size), dtype))
+        nothing = (jnp.zeros((*rows, *last), dtype) for last in ((size, T), (T, size)))
+        return KeysValues(*(divided(x, "layers cells whole kv_heads") for x in nothing))
 
     def head(self) -> Float[Array, "E V"]:
         """The matrix from hidden states to logits; `softcap(logits, config.final_softcap)` is left to the caller."""
         return self.embedding[...].T if self.config.tie_embeddings else self.unembedding[...]
 
-    def _embed(self, tokens: Int[Array, "*N"]) -> Float[Array, "*N E"]:
+    def _embed(self, tokens: Int[Array, "*N"], axes: str) -> Float[Array, "*N E"]:
         # clipped, because a stray padding id must stay finite: NaN survives a mask in the gradient
-        x = by_context(self.embedding[...].at[tokens].get(mode="clip"))
+        if step := axes == "contexts tokens":  # because the compiler finds no way from the table's layout in one
+            tokens = divided(tokens, "lookups whole")
+        x = self.embedding[...].at[tokens].get(mode="clip")
+        if step:
+            x = divided(divided(x, "lookups whole embed"), "contexts whole features")
+        x = divided(x, axes)
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scale_embedding else x
 
     def _angles(self, positions: Int[Array, "*N"]) -> tuple[Float[Array, "K *N 1 half"], Float[Array, "K *N 1 half"]]:
@@ -165,26 +180,34 @@ class Transformer(nnx.Module):
         return tuple(table[0 if setting.rope is None else setting.rope] for table in angles)
 
     def _attend(
-        self, query: Array, key: Array, value: Array, lengths: Array, setting: _Setting, *, P: int, G: int = 0
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        lengths: Array,
+        setting: _Setting,
+        *,
+        P: int,
+        G: int = 0,
+        axis: str = "C",
+        cut: int = 1,
     ) -> Float[Array, "C N H D"]:
-        """Attention of contexts [C, P] and of the tokens of G rows behind each, side by side."""
+        """Attention of contexts [C, P] and of the tokens of G rows behind each, laid in so many parts (`spread.laid`).
+
+        axis: the letter of C in `kernels.placement.LETTERS`.
+        """
         config, T = self.config, (query.shape[1] - P) // max(G, 1)
-        options = {"scale": config.score_scale, "softcap": config.attention_softcap}
-        if on_tpu():
+        options = {"scale": config.score_scale, "softcap": config.attention_softcap, "P": P}
+        arrays = (query, key, value, lengths)
+        if on_tpu() and (cut == 1 or setting.window is None):
             window = None if setting.window is None else config.sliding_window
             some = window is not None and not all(config.windowed)
             windowed = setting.window < NOWHERE if some else None
-            return attend_sequence(query, key, value, lengths, P=P, T=T, window=window, windowed=windowed, **options)
-        options["window"] = setting.window
-        context, rows = zip(*(_parted(x, P, G) for x in (query, key, value)))
-        out = []
-        if P:
-            alone = blocked_attention(*(x[:, None] for x in context), None, jnp.zeros_like(lengths), **options)
-            out.append(alone[:, 0])
-        if G:
-            behind = blocked_attention(*rows, context[1:], lengths, **options)
-            out.append(behind.reshape(-1, G * T, *query.shape[2:]))
-        return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
+            options |= {"T": T, "window": window, "windowed": windowed, "axis": axis}
+            return attend_sequence(*arrays, **options, parts=cut)
+        if cut > 1:
+            return attend_spread(*arrays, **options, window=setting.window, G=G, parts=cut)
+        return attend_together(*arrays, **options, window=setting.window, G=G)
 
     def _scan(self, layer: Callable, carry: PyTree, extra: PyTree = None, *, remat: bool = False) -> tuple[PyTree, Any]:
         """Run `layer(block, setting, carry, extra of that layer)` over all layers."""
@@ -252,8 +275,3 @@ def _describe(config: TransformerConfig, dtype: Any) -> tuple[nnx.GraphDef, PyTr
     params = jax.eval_shape(make)
     axes = jax.tree_util.tree_map_with_path(lambda path, _: found["axes"][tuple(k.key for k in path)], params)
     return found["graphdef"], params, axes
-
-
-def _parted(x: Float[Array, "C N H D"], P: int, G: int) -> tuple[Array, Array]:
-    """[C, P + G·T, H, D] as the context's [C, P, H, D] and the rows' [C, G, T, H, D]."""
-    return x[:, :P], x[:, P:].reshape(x.shape[0], G, -1, *x.shape[2:]) if G else x[:, P:]

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from grpo_jax.models.config import ARCHITECTURES, TransformerConfig, differences, read_config, to_hf
 from grpo_jax.models.sharding import shardings
 from grpo_jax.models.transformer import abstract, logical_axes
+from grpo_jax.processes import fetch
 from grpo_jax.types import PyTree
 
 SHARD_BYTES = 4 * 1024**3
@@ -156,7 +157,7 @@ def export(
     Raises: FileExistsError if `path` exists; ValueError if parameters do not fit the config, or it not the source.
     """
     path = Path(path)
-    if path.exists():
+    if path.exists() and jax.process_index() == 0:  # it may be there, and new, when another process comes to look
         raise FileExistsError(f"{path} exists already; export does not overwrite: give another path or remove it")
     flat, table = _flat(params), names(config)
     expected = _flat(abstract(config)[1])
@@ -297,11 +298,7 @@ def _fetch(x: Any, layer: int | None) -> np.ndarray:
         return np.asarray(x if layer is None else x[layer])
     if layer is not None:
         x = jax.lax.dynamic_index_in_dim(x, np.int32(layer), keepdims=False)
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(fetch(x))
 
 
 def _shards(sized: list[tuple[Any, int]]) -> list[list[Any]]:

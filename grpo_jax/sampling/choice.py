@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+LONG = 512  # tokens of a run, above which it is drawn from in two steps
+TINY = float(jnp.finfo(jnp.float32).tiny)
+
 
 class Chosen(NamedTuple):
     """A token per row, and its log-probs under what it was drawn from and under the policy at the temperature."""
@@ -25,7 +28,7 @@ def choose(
     greedy: Bool[Array, " N"],
     allowed: Float[Array, "V N"] | None = None,
 ) -> Chosen:
-    """Draw by inverting the distribution function in two steps: a block of tokens by its mass, then a token within it.
+    """Draw by inverting the distribution function in steps: a run of tokens by its mass, then what is in it likewise.
 
     token ~ softmax(allowed), or the first of the likeliest tokens where `greedy` (its behaviour log-prob is 0).
 
@@ -33,17 +36,18 @@ def choose(
     they are needed. uniforms: in [0, 1). allowed: `scaled` with -inf where no draw may fall; None: all.
     Two uniforms keep tokens as rare as 1e-14 apart, where one float32 number, or float32 Gumbel noise, ends at 1e-7.
     """
-    blocks = _blocks(scaled if allowed is None else allowed)
-    tops, top, masses = _masses(blocks)
-    block = jnp.where(greedy, _first(tops == top), _invert(masses, uniforms[:, 0]))
-    here = jnp.arange(blocks.shape[0])[:, None, None] == block
-    inside = jnp.where(here, blocks, 0).sum(axis=0)
-    place = jnp.where(greedy, _first(inside == top), _invert(jnp.exp(inside - top), uniforms[:, 1]))
-    token = block * inside.shape[0] + place
+    values = scaled if allowed is None else allowed
+    runs = _runs(values)
+    tops, top, masses = _masses(runs)
+    run = jnp.where(greedy, _first(tops == top), _invert(masses, uniforms[:, 0]))
+    left = jnp.stack([_left(masses, uniforms[:, 0], run), uniforms[:, 1]], axis=1)
+    inside = _of(runs, run)
+    place = _within(inside, top, left, greedy)
+    token = run * runs.shape[1] + place
     behavior = _log_share(_pick(inside, place), top, masses)
     policy = behavior
     if allowed is not None:
-        _, top, masses = _masses(_blocks(scaled))
+        _, top, masses = _masses(_runs(scaled))
         policy = _log_share(_pick(scaled, token), top, masses)
     return Chosen(token, jnp.where(greedy, 0.0, behavior), policy)
 
@@ -102,13 +106,19 @@ def _ordered(values: Float[Array, "V N"]) -> Array:
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
-def _blocks(values: Float[Array, "V N"]) -> Float[Array, "B K N"]:
-    """V cut into blocks of about its root, of whole vector registers where it divides; -inf after the last token."""
+def _runs(values: Float[Array, "V N"]) -> Float[Array, "R K N"]:
+    """V cut evenly into at most sixteen runs, which devices that divide the vocabulary then have of their own; what is
+    drawn does not depend on how many devices there are. Blocks of about V's root where V is odd."""
     v = values.shape[0]
-    size = max(1, int(v**0.5))
-    if v % 128 == 0:
-        size = 128 * max(m for m in range(1, max(1, size // 128) + 1) if v // 128 % m == 0)
-    if missing := -v % size:
+    runs = max(n for n in (1, 2, 4, 8, 16) if v % n == 0 and (n * n <= v or n == 1))
+    return _blocks(values) if runs == 1 else values.reshape(runs, v // runs, -1)
+
+
+def _blocks(values: Float[Array, "K N"]) -> Float[Array, "B k N"]:
+    """K cut into blocks of about its root, of whole vector registers where it is large; -inf after the last token."""
+    root = max(1, int(len(values) ** 0.5))
+    size = root if root < 64 else 128 * -(-root // 128)
+    if missing := -len(values) % size:
         values = jnp.pad(values, ((0, missing), (0, 0)), constant_values=-jnp.inf)
     return values.reshape(-1, size, values.shape[-1])
 
@@ -118,6 +128,31 @@ def _masses(blocks: Float[Array, "B K N"]) -> tuple[Float[Array, "B N"], Float[A
     tops = blocks.max(axis=1)
     top = tops.max(axis=0)
     return tops, top, jnp.exp(blocks - top).sum(axis=1)
+
+
+def _within(
+    inside: Float[Array, "K N"], top: Float[Array, " N"], uniforms: Float[Array, "N 2"], greedy: Bool[Array, " N"]
+) -> Int[Array, " N"]:
+    """The place in a run; a long run is drawn from in two steps too."""
+    first: Array | int = 0
+    if len(inside) > LONG:
+        blocks = _blocks(inside)
+        tops, masses = blocks.max(axis=1), jnp.exp(blocks - top).sum(axis=1)
+        block = jnp.where(greedy, _first(tops == top), _invert(masses, uniforms[:, 0]))
+        inside, first = _of(blocks, block), block * blocks.shape[1]
+    return first + jnp.where(greedy, _first(inside == top), _invert(jnp.exp(inside - top), uniforms[:, 1]))
+
+
+def _of(blocks: Float[Array, "B K N"], block: Int[Array, " N"]) -> Float[Array, "K N"]:
+    """Each row's block."""
+    return jnp.where(jnp.arange(blocks.shape[0])[:, None, None] == block, blocks, 0).sum(axis=0)
+
+
+def _left(masses: Float[Array, "K N"], uniform: Float[Array, " N"], place: Int[Array, " N"]) -> Float[Array, " N"]:
+    """What a uniform that fell on a place still says: how far within it, which is uniform again."""
+    ends = jnp.cumsum(masses, axis=0)
+    share = (uniform * ends[-1] - _pick(ends - masses, place)) / jnp.maximum(_pick(masses, place), TINY)
+    return jnp.clip(share, 0.0, 1 - 2.0**-24)
 
 
 def _log_share(value: Float[Array, " N"], top: Float[Array, " N"], masses: Float[Array, "B N"]) -> Float[Array, " N"]:

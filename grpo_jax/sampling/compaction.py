@@ -31,14 +31,20 @@ class Grid(NamedTuple):
         return jnp.all(_slots(active, self).sum(axis=1) <= self.contexts // self.shards)
 
 
-def ladder(contexts: int, width: int, decisions: int, shards: int = 1) -> list[Grid]:
-    """Grids from the whole one down, each of half the rows of the one before."""
+def ladder(contexts: int, width: int, decisions: int, *, context: int = 0, shards: int = 1) -> list[Grid]:
+    """Grids from the whole one down, each of half the rows of the one before.
+
+    context: tokens of a context. Narrow slots are filled best, as contexts lose their rows unevenly; but each holds its
+    context's keys and values, and they may come to a quarter of those of the rows' own tokens.
+    """
     grids = [Grid(contexts, width, shards)]
     while decisions >= FEWEST_DECISIONS and len(grids) <= HALVINGS:
         c, g, _ = grids[-1]
-        if c * g < 2 * FEWEST_ROWS * shards or (g == 1 and (c // shards) % 2):
+        rows = -(-c * g // (2 * shards)) * shards
+        if rows < FEWEST_ROWS * shards:
             break
-        grids.append(Grid(c, -(-g // 2), shards) if g > 1 else Grid(c // 2, 1, shards))
+        width = max(1, min(-(-g // 2), max(rows // (4 * contexts), 4 * context // decisions)))
+        grids.append(Grid(-(-rows // (width * shards)) * shards, width, shards))
     return grids
 
 

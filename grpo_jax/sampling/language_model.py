@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from grpo_jax.models import evaluate
+from grpo_jax.models.sharding import sharding, ways
+from grpo_jax.processes import fetch, place
 from grpo_jax.sampling import traced
 from grpo_jax.sampling.decoding import Cells, Drawn, draw
 from grpo_jax.sampling.requests import Rows, bucket, cells_of, expand, pack, rollout_of
+from grpo_jax.sampling.weights import Arrangement, cast, prepared
 from grpo_jax.types import Batch, Decisions, Domain, Key, Prompt, PyTree, Request, Rollout
 
 
@@ -41,6 +43,7 @@ class LanguageModel:
     stop: tuple[str, ...] = ()
     compute_dtype: Any = None  # None: the parameters' own
     remat: bool | None = None
+    arrangement: Arrangement = Arrangement()  # where the weights lie while completions are drawn
 
     def domain(self) -> Domain:
         return Domain(
@@ -53,8 +56,8 @@ class LanguageModel:
 
     @property
     def shards(self) -> int:
-        """Into how many parts the mesh cuts rows."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        """Into how many parts the mesh cuts the sampler's contexts."""
+        return ways("cells", self.mesh)
 
     def on_mesh(self) -> Any:
         """What a model's programs are traced in: it says where activations lie, and which kernels there are."""
@@ -80,22 +83,37 @@ class LanguageModel:
         only_given = (rows.budget == rows.given_lengths).all()
         if only_given and not rows.options["score"].any():
             return rollout_of(rows, None, role=role)
+        launches, cells, options = self._launches(rows)
+        role_key, weights = traced.key_of(role, key), self.weights(params, role)
+        with self.on_mesh():  # all are dispatched before the first is read
+            results = [draw(self.graphdef(role), weights, asked, role_key, **options) for asked in cells]
+        return rollout_of(rows, self._gather(results, launches, rows.given.shape[1]), role=role)
+
+    def traced_for(self, params: Mapping[str, PyTree], requests: Sequence[Request], key: Key) -> None:
+        """Trace the sampler for such requests: Python does one thing at a time, so this comes before all that can wait.
+
+        `sample` then finds it, and compiles it.
+        """
+        (role,) = {r.role for r in requests}
+        _, cells, options = self._launches(self.rows_of(requests, Counter()))
+        role_key, weights = traced.key_of(role, key), self.weights(params, role)
+        with self.on_mesh():
+            draw.lower(self.graphdef(role), weights, next(cells), role_key, **options)
+
+    def _launches(self, rows: Rows) -> tuple[list[np.ndarray], Iterator[Cells], dict[str, Any]]:
+        """Row numbers of each launch of the sampler, its cells on the mesh, and its static options."""
         decisions = self._decisions(rows.given.shape[1])
         context_width = max(bucket(self.max_prompt), bucket(rows.contexts.tokens.shape[1]))
         width, slots = self._cells(rows, context_width, decisions)
         launches = pack(rows, width=width, slots=slots)
-        role_key, weights = traced.key_of(role, key), self.weights(params, role)
-        results = []
+        size = {"context_width": context_width, "decisions": decisions}
+        cells = (self._place(cells_of(rows, launch, **size)) for launch in launches)
         options = {"restricts": rows.restricts, "has_given": bool(rows.given_lengths.any()), "shards": self.shards}
-        for launch in launches:  # all are dispatched before the first is read
-            cells = self._place(cells_of(rows, launch, context_width=context_width, decisions=decisions))
-            with self.on_mesh():
-                results.append(draw(self.graphdef(role), weights, cells, role_key, **options))
-        return rollout_of(rows, self._gather(results, launches, rows.given.shape[1]), role=role)
+        return launches, cells, options
 
     def weights(self, params: Mapping[str, PyTree], role: str) -> PyTree:
-        """What a role computes with."""
-        return cast(params.get(role, params["policy"]), self.compute_dtype)
+        """What a role's completions are drawn with."""
+        return prepared(self.arrangement, self.compute_dtype)(params.get(role, params["policy"]))
 
     def rows_of(self, requests: Sequence[Request], numbers: Counter) -> Rows:
         """The rows that the requests ask for, before any is drawn."""
@@ -153,24 +171,14 @@ class LanguageModel:
     def _place(self, cells: Cells) -> Cells:
         if self.mesh.size == 1:
             return cells
-        rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return Cells(
-            *(jax.device_put(x, everywhere if name == "stops" else rows) for name, x in cells._asdict().items())
-        )
+        rows, everywhere = sharding("cells", self.mesh), sharding("", self.mesh)
+        return Cells(*(place(x, everywhere if name == "stops" else rows) for name, x in cells._asdict().items()))
 
     def _gather(self, results: list[Drawn], launches: list[np.ndarray], width: int) -> Drawn:
         order = np.concatenate([launch.reshape(-1) for launch in launches])
         back = np.argsort(order, kind="stable")[(order < 0).sum() :]
         flat = []
-        for parts in zip(*jax.device_get(results)):
+        for parts in zip(*fetch(results)):
             values = np.concatenate([p.reshape(-1, *p.shape[2:]) for p in parts])[back]
             flat.append(values[:, :width] if values.ndim == 2 else values)
         return Drawn(*flat)
-
-
-def cast(params: PyTree, dtype: Any) -> PyTree:
-    """Floating-point leaves in the compute dtype; None leaves them as they are."""
-    if dtype is None:
-        return params
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from grpo_jax.models.sharding import sharding
 from grpo_jax.sampling.decoding import Cells, Drawn, draw
 from grpo_jax.sampling.requests import bucket, cells_of, pack, rollout_of
 from grpo_jax.types import Batch, Key, PyTree, Request, Rollout
@@ -35,7 +35,7 @@ class Launches:
 
 def key_of(role: str, key: Key) -> Key:
     """Each role's draws are its own."""
-    return jax.random.fold_in(key, zlib.crc32(role.encode()) & 0x7FFFFFFF)
+    return jax.random.fold_in(key, np.uint32(zlib.crc32(role.encode()) & 0x7FFFFFFF))
 
 
 def prepare(language: LanguageModel, requests: Sequence[Request], numbers: Counter) -> tuple[Rollout, Launches]:
@@ -62,7 +62,7 @@ def draw_rows(
     """The batch with its decisions drawn, in jit; padding rows stay empty."""
     graphdef, mesh = language.graphdef(batch.role), language.mesh
     weights, role_key = language.weights(params, batch.role), key_of(batch.role, key)
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    rows = sharding("cells", mesh)
 
     def launch(cells: Cells) -> Drawn:
         if mesh.size > 1:

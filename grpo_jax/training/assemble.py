@@ -16,8 +16,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from grpo_jax import data, models, rewards
+from grpo_jax.models.sharding import ways
+from grpo_jax.processes import place
 from grpo_jax.references import load_function
 from grpo_jax.sampling import LanguageModel, bucket
+from grpo_jax.sampling.weights import arrange
 from grpo_jax.training.batches import put
 from grpo_jax.training.configuration import Config
 from grpo_jax.training.deal import Layout, choose_layout
@@ -27,6 +30,7 @@ from grpo_jax.training.step import Policy, begin
 from grpo_jax.types import Batch, Method, Prompt, PyTree, Request, Rollout
 
 if TYPE_CHECKING:
+    from grpo_jax.training.ahead import Ahead
     from grpo_jax.training.loop import Run
 
 # Sampling keeps no activations: a launch holds this many times the tokens that a micro-batch of training does.
@@ -63,8 +67,16 @@ def load_model(path: str | Path, *, tokenizer: str | None = None, mesh: Mesh | N
 def tiny_model(config: Config, mesh: Mesh) -> Model:
     """A small transformer of random weights, with the byte-level tokenizer unless another is named."""
     tokenizer = data.load_tokenizer(config.data.tokenizer or "bytes")
+    shape = tiny_shape(config, tokenizer)
+    graphdef, params = models.create(shape, jax.random.key(config.seed))
+    params = jax.tree.map(place, params, models.shardings(models.logical_axes(shape), mesh))
+    return Model(shape, graphdef, params, tokenizer, mesh)
+
+
+def tiny_shape(config: Config, tokenizer: data.Tokenizer) -> models.TransformerConfig:
+    """What model.tiny describes."""
     sizes = config.model.tiny
-    shape = models.TransformerConfig(
+    return models.TransformerConfig(
         family="qwen3",
         query_key_norm=True,
         qkv_bias=False,
@@ -80,9 +92,6 @@ def tiny_model(config: Config, mesh: Mesh) -> Model:
         eos_token_ids=tuple(int(i) for i in tokenizer.stop_ids),
         pad_token_id=int(tokenizer.pad_id),
     )
-    graphdef, params = models.create(shape, jax.random.key(config.seed))
-    params = jax.device_put(params, models.shardings(models.logical_axes(shape), mesh))
-    return Model(shape, graphdef, params, tokenizer, mesh)
 
 
 def open_model(config: Config) -> Model:
@@ -92,8 +101,11 @@ def open_model(config: Config) -> Model:
     return load_model(config.model.path, tokenizer=config.data.tokenizer, mesh=mesh)
 
 
-def language_model(model: Model, config: Config, *, group_size: int) -> LanguageModel:
-    """The policy domain of the configuration. group_size: completions per prompt that the method usually asks for."""
+def language_model(model: Model, config: Config, *, group_size: int, memory: float | None = None) -> LanguageModel:
+    """The policy domain of the configuration. group_size: completions per prompt that the method usually asks for.
+
+    memory: bytes of one device, for devices that cannot be asked.
+    """
     sampling = config.sampling
     dtype = jnp.dtype(config.model.dtype)
     return LanguageModel(
@@ -109,17 +121,28 @@ def language_model(model: Model, config: Config, *, group_size: int) -> Language
         stop=tuple(sampling.stop),
         compute_dtype=None if dtype == jnp.float32 else dtype,
         remat=config.model.remat,
+        arrangement=arrange(model.config, model.mesh, dtype, wanted=sampling.weights, memory=memory),
     )
 
 
 def layout_of(config: Config, mesh: Mesh, *, group_size: int, prompts: int) -> Layout:
-    """The shape of one update on `prompts` groups."""
+    """The shape of one update on `prompts` groups.
+
+    Raises: ValueError if the tokens of a completion do not divide over the mesh's `sequence`, or do not fit.
+    """
+    sequence, decisions = ways("tokens", mesh), config.sampling.max_new
+    if decisions % sequence:
+        legal = [n for n in (decisions // sequence * sequence, -(-decisions // sequence) * sequence) if n]
+        raise ValueError(
+            f"sampling.max_new is {decisions}, which does not divide over the {sequence} devices of mesh.sequence; "
+            f"{' and '.join(map(str, legal))} {'do' if len(legal) > 1 else 'does'}"
+        )
     return choose_layout(
         group_size=group_size,
         prompts=prompts,
         context_width=bucket(config.data.max_prompt),
-        decisions=config.sampling.max_new,
-        tokens_per_device=config.batch.tokens_per_device,
+        decisions=decisions,
+        tokens_per_device=config.batch.tokens_per_device * sequence,
         shards=shards(mesh),
     )
 
@@ -253,6 +276,15 @@ class Verifier:
         )
 
 
+def ahead(language: LanguageModel, run: Run) -> Ahead:
+    """What the first step goes through, compiled while its completions are being drawn. The sampler is traced here."""
+    contexts, width = language.cells or (1, 1)
+    usual = [Request(next(iter(run.pool)), count=width)] * contexts
+    language.traced_for(run.params, usual, fold(run.seed, "sample"))
+    fold(fold(0), "shape", "policy")  # compiled in 20 ms, and between other threads in 500
+    return run.compiled.ahead(blank_batch(language, run))
+
+
 def blank_batch(language: LanguageModel, run: Run) -> Batch:
     """A batch of the shapes that the run's batches will have, as far as can be told, in which nothing was drawn."""
     token = np.zeros(1, np.int32), np.zeros(1, np.float32)
@@ -267,7 +299,7 @@ def roles_of(method: Method, params: PyTree, optimizer: optax.GradientTransforma
     places = jax.tree.map(lambda x: x.sharding, params)
     copied = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=places)  # one program, not one for each leaf
     for name, role in method.roles.items():
-        start = copied(params) if role.start == "policy" else _same(role.start, params)
+        start = copied(params) if role.start == "policy" else _same(role.start, params, mesh)
         policies[name] = begin(start, optimizer, mesh) if role.train else Policy(start)
     return policies
 
@@ -282,9 +314,9 @@ def describe_layout(layout: Layout, config: Config, mesh: Mesh, *, group_size: i
     )
 
 
-def _same(path: str, params: PyTree) -> PyTree:
+def _same(path: str, params: PyTree, mesh: Mesh) -> PyTree:
     shapes = jax.tree.map(lambda x: x.shape, params)
-    _, _, loaded = models.load(_local(path))
+    _, _, loaded = models.load(_local(path), mesh=mesh)
     if jax.tree.map(lambda x: x.shape, loaded) != shapes:
         raise ValueError(f"the model {path} has other sizes than the policy: a role of the run shares its architecture")
     return jax.device_put(loaded, jax.tree.map(lambda x: x.sharding, params))

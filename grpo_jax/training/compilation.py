@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -49,6 +50,18 @@ def keep_compiled() -> Path | None:
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return directory
+
+
+def compile_lightly() -> None:
+    """Where there are only CPUs, leave out the newer of XLA's two ways to write loops.
+
+    The programs are as fast, and take two thirds of the time and half the memory to compile. For the versions of JAX
+    that this was measured with, before JAX has started, and unless XLA_FLAGS says otherwise already.
+    """
+    flags, accelerators = os.environ.get("XLA_FLAGS", ""), ("libtpu", "jax_plugins")
+    only_cpus = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(importlib.util.find_spec, accelerators))
+    if only_cpus and jax.__version_info__[:2] == (0, 10) and "xla_cpu_use_fusion_emitters" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 
 
 class Explanations(logging.Filter):

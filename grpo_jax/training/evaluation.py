@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from grpo_jax.training.verification import scored
 from grpo_jax.types import Domain, Key, Prompt, PyTree, Request, Rollout
 
 
@@ -69,7 +70,7 @@ def evaluate_prompts(
     rows = domain.sample(params, asked, key)
     owners = [r.prompt for r in asked for _ in range(r.count)]
     texts = domain.text(rows)
-    rows = verify(owners, rows, texts, step)
+    rows = scored(rows, lambda some, at: verify([owners[i] for i in at], some, [texts[i] for i in at], step))
     scores, weights = rows.scores, np.asarray(rows.channel_weights or (1.0,) * rows.scores.shape[1])
     correct = rows.score(channel or rows.channels[0]) >= 1 - 1e-6
     n = len(prompts) * samples

@@ -19,7 +19,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
+from grpo_jax.processes import agree, exchange
 from grpo_jax.rewards import RewardError
+from grpo_jax.training.agreement import described
 from grpo_jax.training.batches import padded
 from grpo_jax.training.inspection import check_rollout, check_update
 from grpo_jax.training.keys import fold
@@ -213,6 +215,7 @@ class Fused:
         run, start = self.run, self.run.state.step
         with run.clock("prepare"):
             steps, requests = self._steps(min(self.steps, until - start))
+            agree(f"what is sampled from step {start} on", partial(described, sum(requests, [])))
             contexts, count = [step.batch.contexts for step in steps], np.int32(len(steps))
             steps += [steps[-1]] * (self._capacity(steps[0]) - len(steps))
             given = replicate(jax.tree.map(lambda *x: np.stack(x), *steps), run.mesh)
@@ -259,7 +262,7 @@ class Fused:
         with run.clock("iterate"):
             results = jax.device_get(done.results)
         times = run.clock.lap()
-        self._pace(times["seconds"])
+        self._pace(max(map(float, exchange(repr(times["seconds"]), "the end of a dispatch"))))
         for i, (requests, contexts) in enumerate(zip(done.requests, done.contexts)):
             batch, report = _at(i, results)
             check_rollout(_at(slice(sum(r.count for r in requests)), batch), requests)

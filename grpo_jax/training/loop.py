@@ -13,6 +13,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from grpo_jax.processes import agree
+from grpo_jax.training.agreement import described, returned
 from grpo_jax.training.batches import put
 from grpo_jax.training.deal import Layout, deal
 from grpo_jax.training.inspection import check_rollout, check_update
@@ -20,6 +22,7 @@ from grpo_jax.training.instruments import Clock
 from grpo_jax.training.keys import fold
 from grpo_jax.training.programs import Compiled
 from grpo_jax.training.step import Policy
+from grpo_jax.training.verification import scored
 from grpo_jax.types import Batch, Domain, Key, Method, Prompt, Rollout, State
 
 Verify = Callable[[Sequence[Prompt], Rollout, list[str], int], Rollout]
@@ -93,7 +96,9 @@ def collect(run: Run, key: Key) -> tuple[Any, list[Rollout]]:
         try:
             ask = plan.send(rows)
         except StopIteration as end:
+            agree(f"what step {run.state.step} trains on", partial(returned, end.value))
             return end.value
+        agree(f"what is sampled and scored in step {run.state.step}", partial(described, ask))
         if isinstance(ask, Rollout):
             rows = verified(run, ask)
         elif not ask:
@@ -106,9 +111,13 @@ def collect(run: Run, key: Key) -> tuple[Any, list[Rollout]]:
 
 def verified(run: Run, rows: Rollout) -> Rollout:
     """The rollout with what the reward functions say of it."""
-    with run.clock("reward"):
+
+    def score(rows: Rollout, _: np.ndarray) -> Rollout:
         prompts = [run.pool[int(i)] for i in rows.prompt_ids]
         return run.verify(prompts, rows, run.domain.text(rows), run.state.step)
+
+    with run.clock("reward"):
+        return scored(rows, score)
 
 
 def dealt(run: Run, batch: Batch, key: Key) -> list[np.ndarray]:

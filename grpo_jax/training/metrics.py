@@ -24,6 +24,7 @@ import numpy as np
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 RESERVED = ("step", "kind", "time")
+KEPT_OPEN = 30.0  # seconds; a bucket mounted as a directory shows, and keeps, what was written only once it is closed
 
 
 class Series(NamedTuple):
@@ -65,6 +66,7 @@ class Metrics:
     ) -> None:
         self.directory = Path(directory)
         self._files: dict[str, IO[str]] = {}
+        self._closed_at = time.monotonic()
         self._tensorboard = self._wandb = None
         self._print = print if console is True else console or None
         self._writes = jax.process_index() == 0
@@ -109,9 +111,7 @@ class Metrics:
 
     def close(self) -> None:
         """Write out and close everything. Also done at the end of a `with` block."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._close_files()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -131,6 +131,14 @@ class Metrics:
             self._files[name] = (self.directory / name).open("a", encoding="utf-8", errors="backslashreplace")
         self._files[name].write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         self._files[name].flush()
+        if time.monotonic() - self._closed_at >= KEPT_OPEN:
+            self._close_files()
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._closed_at = time.monotonic()
 
 
 def read_metrics(directory: str | os.PathLike) -> dict[str, Series]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_jax.training.ahead import Ahead, compiled
+from grpo_jax.training.ahead import Ahead
 from grpo_jax.training.deal import Part, lay_out
 from grpo_jax.training.keys import fold
 from grpo_jax.training.step import Evaluate, Policy, evaluate_all, train_step
@@ -26,7 +27,7 @@ class Compiled:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._evaluate = jax.jit(self._evaluate_role, static_argnames=("role",))
-        self._shape = jax.jit(self.shape_in_graph)
+        self._shape = jax.jit(self.shape_in_graph, out_shardings=NamedSharding(run.mesh, PartitionSpec()))
         # A policy comes back as it went in: the compiler may not move it to another layout, and so recompile.
         self._update = {
             role: jax.jit(
@@ -42,10 +43,11 @@ class Compiled:
         self._ahead: Ahead | None = None
 
     def ahead(self, batch: Batch) -> Ahead:
-        """Compile on another thread, in the order of need, what batches of these shapes go through. Nothing runs."""
+        """Compile on other threads, in the order of need, what batches of these shapes go through. Nothing runs."""
         run, rows, twin = self.run, np.flatnonzero(jax.device_get(batch.prompt_ids) >= 0), copy.copy(self)
-        twin._evaluate, twin._shape = partial(compiled, self._evaluate), partial(compiled, self._shape)
-        twin._update = {role: partial(compiled, program) for role, program in self._update.items()}
+        ahead = Ahead(batch, run.mesh)
+        twin._evaluate, twin._shape = (partial(ahead.compiled, program) for program in (self._evaluate, self._shape))
+        twin._update = {role: partial(ahead.compiled, program) for role, program in self._update.items()}
 
         def evaluate(batch: Batch) -> Batch:
             made = twin.evaluate(batch)
@@ -58,8 +60,8 @@ class Compiled:
 
         updates = [partial(update, first=True), partial(update, first=False)][: run.updates * run.passes]
         shape = lambda batch: twin.shape(batch, run.state.arrays, fold(0))  # noqa: E731
-        self._ahead = Ahead(batch, evaluate, shape, *updates)
-        return self._ahead
+        self._ahead = ahead.then(evaluate, shape, *updates)
+        return ahead
 
     def evaluate(self, batch: Batch) -> Batch:
         """`ref` where the method has a reference; `old` where something will ask for it."""

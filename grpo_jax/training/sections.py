@@ -132,6 +132,11 @@ class SamplingSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample among the likeliest tokens that hold p")
     min_p: Share = Field(0.0, description="leave out tokens below this share of the likeliest one's probability")
     stop: Texts = Field((), description="texts that end a completion, besides the model's stop tokens")
+    weights: Literal["auto", "gathered", "divided"] = Field(
+        "auto",
+        description="on a mesh that splits the weights: gathered once for a rollout, or divided as in training and "
+        "gathered in every decode step; auto: gathered where a copy takes half of the memory that is left, or less",
+    )
 
 
 class OptimizerSection(Section):
@@ -180,10 +185,20 @@ class MeshSection(Section):
     data: int = Field(-1, description="devices that split the batch and each hold a copy of the weights; -1: the rest")
     fsdp: int = Field(1, description="devices that split the batch and the weights; -1: the rest")
     tensor: int = Field(1, description="devices that split heads and feed-forward layers; -1: the rest")
+    sequence: int = Field(
+        1, description="devices that split the tokens of a completion, for long ones, and the weights; -1: the rest"
+    )
+    expert: int = Field(
+        1, description="devices that split experts; without any, the batch and the weights; -1: the rest"
+    )
+    dcn_data: int | None = Field(
+        None,
+        description="parts joined by the data-center network, which split the batch; null: one for each slice",
+    )
 
     @model_validator(mode="after")
     def _axes(self) -> MeshSection:
-        sizes = self.model_dump()
+        sizes = {axis: size for axis, size in self.model_dump().items() if size is not None}
         if wrong := [f"{axis} {size}" for axis, size in sizes.items() if size < 1 and size != -1]:
             raise ValueError(
                 f"the size of an axis is at least 1, or -1 for the rest of the devices; got {', '.join(wrong)}"
@@ -259,7 +274,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         longest = self.data.max_prompt + self.sampling.max_new
-        if self.batch.tokens_per_device < longest:
+        room = self.batch.tokens_per_device * max(self.mesh.sequence, 1)
+        if room < longest and self.mesh.sequence != -1:
             raise ValueError(
                 f"batch.tokens_per_device is {self.batch.tokens_per_device}, but one prompt and one completion may "
                 f"take {longest} tokens (data.max_prompt {self.data.max_prompt} + sampling.max_new "

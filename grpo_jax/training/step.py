@@ -31,19 +31,25 @@ class Policy(NamedTuple):
 
 def begin(params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> Policy:
     """A policy that is about to be trained. What the optimiser keeps of a parameter lies on the mesh as it does."""
+    places = jax.tree.map(lambda x: x.sharding, moments(params, optimizer, mesh))
+    return Policy(params, jax.jit(optimizer.init, out_shardings=places)(params))
+
+
+def moments(params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> PyTree:
+    """What the optimiser keeps, in shapes and places; the parameters may be shapes too."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     places = {
         (tuple(map(str, path)), x.shape): x.sharding for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
     }
     longest = max(len(path) for path, _ in places)
 
-    def place(path: tuple, x: jax.ShapeDtypeStruct) -> Sharding:
+    def place(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = tuple(map(str, path))
         ends = (names[-n:] for n in range(longest, 0, -1))  # the state nests the parameters' tree, somewhere
-        return next((places[end, x.shape] for end in ends if (end, x.shape) in places), everywhere)
+        at: Sharding = next((places[end, x.shape] for end in ends if (end, x.shape) in places), everywhere)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
 
-    state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
-    return Policy(params, jax.jit(optimizer.init, out_shardings=state)(params))
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
 
 
 def rows_at(batch: Batch, under: Int[Array, " N"], order: Int[Array, "C G"]) -> Batch:
@@ -75,6 +81,7 @@ def evaluate_all(
 ) -> Decisions:
     """What a policy says of every row, micro-batch by micro-batch, in the order of the batch; 0 for rows in no cell."""
 
+    @jax.jit  # traced once, for its shapes and in the loop
     def one(cells: Int[Array, "C G"]) -> Decisions:
         return evaluate(params, by_rows(rows_at(batch, under, cells), mesh))
 
@@ -115,7 +122,7 @@ def train_step(
     Returns the policy and scalars: loss, grad_norm, applied, and the means of what the objective reports.
     Raises: ValueError if the objective's loss or what it reports has a shape that cannot be.
     """
-    context_of = batch.trained_under
+    context_of, evaluate = batch.trained_under, jax.jit(evaluate)  # traced once for all that it is asked
     order = jnp.where((order >= 0) & (batch.weights[jnp.maximum(order, 0)] > 0), order, -1)
     cut = _Cut(order.shape[0], order.shape[1] * order.shape[2], count)
     part = _whole(batch, order)
@@ -186,7 +193,7 @@ def _cut_anywhere(objective, evaluate: Evaluate, params: PyTree, weights: Float[
         (loss, part), more = gradient(params, i)
         return total + loss, jax.tree.map(jnp.add, grads, more), cut.put(seen, part, i)
 
-    seen = cut.room(jax.eval_shape(lambda p: gradient(p, 0)[0][1], params))
+    seen = cut.room(jax.eval_shape(lambda p: one_pass(p, 0)[1], params))
     start = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params), seen
     loss, grads, (new, reported) = cut.loop(sweep, start)
     return loss, new, reported, grads

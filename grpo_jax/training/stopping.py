@@ -6,6 +6,8 @@ import math
 import signal
 import threading
 
+from grpo_jax.processes import count, exchange
+
 
 class StopSignal:
     """Ctrl-C, or SIGTERM (a preemption, a scheduler), asks for a stop after the step in hand; the second one stops at
@@ -21,6 +23,10 @@ class StopSignal:
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
+
+    def agreed(self) -> bool:
+        """Whether any process of the run was asked; all call it at the same places, and so stop at the same step."""
+        return self.asked if count() == 1 else "stop" in exchange("stop" if self.asked else "", "the end of a step")
 
     def _ask(self, *_: object) -> None:
         self.asked = True

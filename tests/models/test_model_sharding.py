@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from grpo_jax.models import RULES, TransformerConfig, abstract, create, logical_axes, merge, shardings
+from grpo_jax.models import TransformerConfig, abstract, create, logical_axes, merge, shardings
+from grpo_jax.models.sharding import PARAMETERS
 
 CONFIG = TransformerConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8
@@ -29,7 +30,7 @@ def test_axes_name_every_dimension_and_know_its_size():
     axes = jax.tree.leaves(logical_axes(CONFIG), is_leaf=lambda x: isinstance(x, tuple))
     shapes = jax.tree.leaves(abstract(CONFIG)[1])
     assert [tuple(a.size for a in names) for names in axes] == [leaf.shape for leaf in shapes]
-    assert {str(name) for names in axes for name in names} == RULES.keys()
+    assert {str(name) for names in axes for name in names} == PARAMETERS.keys() - {"experts"}
     assert logical_axes(CONFIG)["layers"]["attention"]["query"] == ("layers", "embed", "heads", "head_dim")
 
 

@@ -101,3 +101,14 @@ def test_nothing_asked_keeps_everything_and_the_forbidden_goes_first():
     np.testing.assert_array_equal(keep, logits)
     without = restrict(logits, forbidden=np.array([[True], [False], [False], [False]]), top_k=np.array([2]))
     np.testing.assert_array_equal(without, [[-np.inf], [1], [0], [-np.inf]])
+
+
+def test_long_runs_are_drawn_from_in_two_steps_with_the_same_measure(monkeypatch):
+    monkeypatch.setattr("grpo_jax.sampling.choice.LONG", 8)
+    logits = np.random.default_rng(0).normal(size=240) * 2  # sixteen runs of fifteen, each of four blocks
+    got = everywhere(logits)
+    seen = np.bincount(np.asarray(got.token), minlength=240) / GRID**2
+    np.testing.assert_allclose(seen, softmax(logits), atol=2.5 / GRID)
+    np.testing.assert_allclose(got.behavior_logp, np.log(softmax(logits)[np.asarray(got.token)]), atol=4e-6)
+    best = choose(jnp.float32(logits)[:, None], jnp.full((1, 2), 0.9), greedy=jnp.ones(1, bool))
+    assert best.token.tolist() == [logits.argmax()]

@@ -24,11 +24,14 @@ CONFIG = TransformerConfig(
 
 
 def test_the_ladder_halves_rows_and_ends_in_time():
-    assert [g[:2] for g in ladder(16, 8, 512)] == [(16, 8), (16, 4), (16, 2), (16, 1), (8, 1)]
-    assert [g[:2] for g in ladder(3, 5, 512)] == [(3, 5)]
-    assert [g[:2] for g in ladder(16, 8, 128)] == [(16, 8)]  # short rows: nothing to gain
-    assert [g[:2] for g in ladder(12, 8, 512, 4)] == [(12, 8, 4)[:2], (12, 4)]
-    assert all(g.contexts % 4 == 0 for g in ladder(64, 4, 512, 4))
+    sizes = lambda *a, **k: [g[:2] for g in ladder(*a, **k)]  # noqa: E731
+    assert sizes(16, 16, 512) == [(16, 16), (64, 2), (64, 1), (32, 1), (16, 1)]
+    assert sizes(16, 16, 512, context=512) == [(16, 16), (32, 4), (32, 2), (32, 1), (16, 1)]
+    assert sizes(16, 16, 512, context=4096) == [(16, 16), (16, 8), (16, 4), (16, 2), (16, 1)]
+    assert sizes(3, 4, 512) == [(3, 4)]
+    assert sizes(16, 8, 128) == [(16, 8)]  # short rows: nothing to gain
+    assert sizes(12, 8, 512, shards=4) == [(12, 8), (48, 1)]
+    assert all(g.contexts % 4 == 0 for g in ladder(64, 4, 512, shards=4))
 
 
 @settings(max_examples=25, deadline=None)
@@ -85,7 +88,7 @@ def test_a_shrinking_grid_draws_what_one_grid_draws(monkeypatch):
     monkeypatch.setattr(compaction, "FEWEST_DECISIONS", 8)
     monkeypatch.setattr(compaction, "FEWEST_ROWS", 1)
     jax.clear_caches()
-    assert len(ladder(6, 4, 24, shards)) > 2
+    assert len(ladder(6, 4, 24, context=6, shards=shards)) > 2
     got = run()
     jax.clear_caches()
     for name in ("tokens", "lengths", "finished"):

@@ -10,6 +10,7 @@ import pytest
 
 from grpo_jax.models import TransformerConfig, create, evaluate, logical_axes, shardings
 from grpo_jax.sampling import LanguageModel, cast
+from grpo_jax.sampling.weights import arrange
 from grpo_jax.training.instruments import CompileCounter
 from grpo_jax.training.mesh import make_mesh
 from grpo_jax.types import Contexts, Prompt, Request, concat, regroup
@@ -225,11 +226,16 @@ def test_with_cells_any_number_of_rows_streams_through_one_program(reference):
     assert_same_rows(many.take(many.index < 4), reference)
 
 
-@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=["data", "all"])
-def test_neither_padding_nor_the_mesh_matters(reference, sizes):
+@pytest.mark.parametrize(
+    "sizes, weights",
+    [(dict(data=8), "divided"), (dict(data=2, fsdp=2, tensor=2), "divided"), (dict(fsdp=2, sequence=4), "gathered")],
+    ids=["data", "all", "gathered"],
+)
+def test_neither_padding_nor_the_mesh_matters(reference, sizes, weights):
     mesh = make_mesh(**sizes)
     params = jax.device_put(PARAMS, shardings(logical_axes(CONFIG), mesh))
-    wider = dict(max_prompt=40, max_new=3 * T) if sizes["data"] == 8 else {}
+    wider = dict(max_prompt=40, max_new=3 * T) if sizes.get("data") == 8 else {}
+    wider["arrangement"] = arrange(CONFIG, mesh, jnp.float32, wanted=weights)
     assert_same_rows(sample(asked(max_new=T), params=params, mesh=mesh, **wider), reference)
 
 
@@ -375,6 +381,22 @@ def test_in_bfloat16_the_log_probs_are_still_float32():
 
 
 # ---- compilation and errors ----------------------------------------------------------------------------------------
+
+
+def test_what_was_traced_ahead_is_not_traced_again():
+    """And nothing is compiled before rows are drawn."""
+    language_model, params = language(max_new=T + 1, cells=(5, 4)), {"policy": PARAMS}
+    traced: list[str] = []
+    hear = lambda event, seconds, **more: traced.append(more["fun_name"]) if "trace_dur" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        with CompileCounter() as compiled:
+            language_model.traced_for(params, [Request(PROMPTS[0], count=4)] * 5, KEY)
+        assert traced.count("draw") == 1 and "jit(draw)" not in compiled.total.names
+        language_model.sample(params, asked(), jax.random.key(9))
+        assert traced.count("draw") == 1
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
 
 
 def test_other_prompts_of_the_same_sizes_compile_nothing(reference):

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.training import compilation
-from grpo_jax.training.ahead import Ahead, compiled
-from grpo_jax.training.compilation import keep_compiled
+from grpo_jax.training.ahead import Ahead
+from grpo_jax.training.compilation import compile_lightly, keep_compiled
 from grpo_jax.training.instruments import CompileCounter
 
 SETTINGS = (
@@ -129,15 +129,20 @@ def test_a_recompilation_is_told_with_the_argument_that_changed(caplog):
     assert counter.total.count == 2
 
 
-def test_a_program_that_was_compiled_ahead_is_not_compiled_again():
-    """On a mesh of all devices, through the shapes of one program into the next."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_program_that_was_compiled_ahead_is_not_compiled_again(devices):
+    """Through the shapes of one program into the next; on one device they are known before it is compiled."""
+    devices = jax.devices()[:devices]
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     ahead_first = jax.jit(lambda w, x: {"y": w * x, "z": x.sum()})
     ahead_second = jax.jit(lambda w, y, count: w + y["y"] * count, donate_argnums=0)
     w, x = (jax.device_put(np.full((8, 4), v, np.float32), everywhere) for v in (2, 3))
     count = np.int32(1)
-    ahead = Ahead(x, lambda x: compiled(ahead_first, w, x), lambda y: [compiled(ahead_second, w, y, count), y][1:])
+    ahead = Ahead(x, mesh)
+    ahead.then(
+        lambda x: ahead.compiled(ahead_first, w, x), lambda y: [ahead.compiled(ahead_second, w, y, count), y][1:]
+    )
     ahead.wait(0, x)
     with CompileCounter() as counter:
         y = ahead_first(w, x)
@@ -151,7 +156,8 @@ def test_a_program_that_was_compiled_ahead_is_not_compiled_again():
 def test_a_wrong_guess_and_an_error_ahead_hold_nobody_up():
     done, gate = [], threading.Event()
     shape = lambda n: jax.ShapeDtypeStruct((n,), np.float32)  # noqa: E731
-    ahead = Ahead(shape(3), lambda x: gate.wait(60) and shape(4), done.append)
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    ahead = Ahead(shape(3), mesh).then(lambda x: gate.wait(60) and shape(4), done.append)
     ahead.wait(0, np.ones(2, np.float32))
     assert not gate.is_set(), "not waited for: it is done for other arguments"
     gate.set()
@@ -159,12 +165,31 @@ def test_a_wrong_guess_and_an_error_ahead_hold_nobody_up():
     time.sleep(0.05)
     assert not done, "given up"
 
-    with Ahead(shape(3), lambda x: time.sleep(0.2), done.append) as ahead:
+    with Ahead(shape(3), mesh).then(lambda x: time.sleep(0.2), done.append) as ahead:
         pass
     ahead.wait(0, np.ones(3, np.float32))
     assert not done, "left before its turn"
 
-    ahead = Ahead(shape(3), lambda x: shape(4), lambda x: 1 / 0, done.append)
+    ahead = Ahead(shape(3), mesh).then(lambda x: shape(4), lambda x: 1 / 0, done.append)
     for stage, n in enumerate((3, 4, 5)):
         ahead.wait(stage, np.ones(n, np.float32))
     assert not done
+
+
+@pytest.mark.parametrize(
+    ("flags", "platforms", "version", "plugin", "want"),
+    [
+        ("", "cpu", (0, 10, 2), True, "--xla_cpu_use_fusion_emitters=false"),
+        ("--mine", "", (0, 10, 2), False, "--mine --xla_cpu_use_fusion_emitters=false"),
+        ("--mine", "", (0, 10, 2), True, "--mine"),  # an accelerator's compiler may not know the flag
+        ("", "cpu", (0, 11, 0), False, ""),  # a flag that XLA does not know ends the process
+        ("--xla_cpu_use_fusion_emitters=true", "cpu", (0, 10, 2), False, "--xla_cpu_use_fusion_emitters=true"),
+    ],
+)
+def test_light_compilation_where_it_is_known_to_do_good(monkeypatch, flags, platforms, version, plugin, want):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(compilation.importlib.util, "find_spec", lambda name: object() if plugin else None)
+    compile_lightly()
+    assert os.environ["XLA_FLAGS"] == want

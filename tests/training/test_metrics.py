@@ -5,13 +5,14 @@ import math
 import struct
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.training import instruments
+from grpo_jax.training import instruments, metrics
 from grpo_jax.training.instruments import Clock, CompileCounter, memory
 from grpo_jax.training.metrics import Metrics, read_metrics, read_samples
 
@@ -139,6 +140,18 @@ def test_sampled_groups_come_back(tmp_path):
     assert second["completions"] == [] and second["rewards"] == {}
     Metrics(tmp_path, tensorboard=False, resume_step=4).close()
     assert read_samples(tmp_path)[0]["completions"] == row["completions"]
+
+
+def test_what_is_written_is_closed_now_and_then(tmp_path, monkeypatch):
+    """A mounted bucket keeps a file when it is closed: of a machine that vanishes, only the last moments are lost."""
+    monkeypatch.setattr(metrics, "KEPT_OPEN", 0.0)
+    with Metrics(tmp_path, tensorboard=False) as writer:
+        for step in range(3):
+            writer.log(step, {"reward": step})
+            writer.samples(step, [{"prompt": "p", "completions": ["c"]}])
+            held = {link.resolve().parent for link in Path("/proc/self/fd").iterdir()}
+            assert tmp_path.resolve() not in held
+    assert read_metrics(tmp_path)["reward"].values.tolist() == [0, 1, 2] and len(read_samples(tmp_path)) == 3
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,13 @@ def test_padding_and_row_order_do_not_matter(method, toy, first=False):
     same(moved.params, policy.params)
 
 
-MESHES = [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [
+    {"data": 8},
+    {"data": 2, "fsdp": 4},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"dcn_data": 2, "fsdp": 4},
+    {"fsdp": 2, "sequence": 2, "tensor": 2},
+]
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +208,7 @@ def transformer():
 def transformer_step(transformer, toy, method, mesh, layout):
     """Old log-probs of all rows and one Adam step; what comes back is on the host."""
     config, graphdef, params = transformer
-    batch = toy.batch(toy.rollout(3, sizes=(4,) * 8, decisions=5))
+    batch = toy.batch(toy.rollout(3, sizes=(4,) * 8, decisions=6))
     contexts = np.random.default_rng(1).integers(1, 16, (16, 3)).astype(np.int32)
     lengths = np.random.default_rng(2).integers(1, 4, 16).astype(np.int32)
     batch = replicate(batch.replace(contexts=Contexts(tokens=contexts, lengths=lengths)), mesh)
@@ -221,9 +227,9 @@ def transformer_step(transformer, toy, method, mesh, layout):
     return jax.device_get(both(policy, batch, part.order, np.int32(part.count)))
 
 
-@pytest.mark.parametrize(("form", "meshes"), [("per decision", MESHES), ("scalar", MESHES[2:])])
+@pytest.mark.parametrize(("form", "meshes"), [("per decision", MESHES), ("scalar", MESHES[2:3])])
 def test_meshes_do_not_matter(transformer, toy, form, meshes):
-    """One device, and eight in three shapes, with other micro-batches: round-off apart, the same."""
+    """One device, and eight in several shapes, with other micro-batches: round-off apart, the same."""
     method = FORMS[form]
     old, policy, metrics = transformer_step(transformer, toy, method, ONE, (8, 4, 1))
     moved = optax.global_norm(jax.tree.map(jnp.subtract, policy.params, transformer[2]))
@@ -406,8 +412,17 @@ def test_the_optimizer_lies_where_the_parameters_do():
 
 
 def test_mesh_sizes():
-    assert dict(make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    others = {"dcn_data": 1, "expert": 1, "sequence": 1, "tensor": 1}
+    assert dict(make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4, **others}
+    assert dict(make_mesh(sequence=4, dcn_data=2).shape) == {
+        "data": 1,
+        "fsdp": 1,
+        **others,
+        "dcn_data": 2,
+        "sequence": 4,
+    }
     assert shards(make_mesh(data=2, fsdp=2, tensor=2)) == 4
+    assert shards(make_mesh(dcn_data=2, expert=2, sequence=2)) == 4
     for sizes, said in (
         ({"fsdp": 3}, "a multiple of 3 devices, there are 8"),
         ({"data": 2, "fsdp": 2}, "needs 4 devices, there are 8"),

@@ -1,6 +1,6 @@
 """Attention as TPU kernels, with the mathematics of the plain paths; each call is divided over the mesh in context.
 
-`on_tpu()` says at trace time whether to call them.
+`on_tpu()` says at trace time whether to call them. Pallas, which takes long to import, is then imported.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.models.kernels.decoding import decode_attention
-from grpo_jax.models.kernels.placement import by_context, on_tpu, per_device
-from grpo_jax.models.kernels.sequence import sequence_attention
+from grpo_jax.models.kernels.placement import attention_path, on_tpu, per_device
 
-__all__ = ["attend_newest", "attend_sequence", "by_context", "on_tpu"]
+__all__ = ["attend_newest", "attend_sequence", "attention_path", "on_tpu"]
 
 
 def attend_newest(
@@ -30,7 +28,9 @@ def attend_newest(
     window: Int[Array, ""] | int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "C G H D"]:
-    """`decoding.decode_attention`, contexts divided over data and fsdp, heads over tensor."""
+    """`decoding.decode_attention`, contexts and heads divided over the mesh."""
+    from grpo_jax.models.kernels.decoding import decode_attention
+
     C, G = queries.shape[:2]
     options = {"scale": scale, "softcap": softcap, "interpret": interpret}
 
@@ -39,10 +39,10 @@ def attend_newest(
         return decode_attention(queries, prefix, lengths, own, filled, layer, window=near, **options)
 
     arguments = [queries, prefix, lengths, own, jnp.broadcast_to(filled, (C, G)), jnp.asarray(layer)]
-    axes = ["CGHD", "LCHPD", "C", "LCGHTD", "CG", ""]
+    axes = ["SGHD", "LSHPD", "S", "LSGHTD", "SG", ""]
     if window is not None:
         arguments, axes = [*arguments, jnp.asarray(window)], [*axes, ""]
-    return per_device(local, arguments, axes, "CGHD")
+    return per_device(local, arguments, axes, "SGHD")
 
 
 def attend_sequence(
@@ -57,14 +57,23 @@ def attend_sequence(
     softcap: float | None = None,
     window: int | None = None,
     windowed: Bool[Array, ""] | None = None,
+    axis: str = "C",
+    parts: int = 1,
     interpret: bool = False,
 ) -> Float[Array, "C N H D"]:
-    """`sequence.sequence_attention`, contexts divided over data and fsdp, heads over tensor; differentiable."""
+    """`sequence.sequence_attention`, contexts and heads divided over the mesh; differentiable."""
+    from grpo_jax.models.kernels.sequence import sequence_attention, spread_attention
+
+    options = {"P": P, "T": T, "scale": scale, "softcap": softcap, "interpret": interpret}
+    if parts > 1:
+        spread = functools.partial(spread_attention, parts=parts, **options)
+        return per_device(spread, [queries, keys, values, lengths], ["CTHD", "CTHD", "CTHD", "C"], "CTHD")
     call = functools.partial(
         sequence_attention, P=P, T=T, scale=scale, softcap=softcap, window=window, interpret=interpret
     )
-    arguments, axes = [queries, keys, values, lengths], ["CNHD", "CNHD", "CNHD", "C"]
+    arguments, sequence = [queries, keys, values, lengths], f"{axis}NHD"
+    axes = [sequence, sequence, sequence, axis]
     if window is None or windowed is None:
-        return per_device(call, arguments, axes, "CNHD")
+        return per_device(call, arguments, axes, sequence)
     local = lambda *x: call(*x[:4], windowed=x[4])  # noqa: E731
-    return per_device(local, [*arguments, windowed], [*axes, ""], "CNHD")
+    return per_device(local, [*arguments, windowed], [*axes, ""], sequence)

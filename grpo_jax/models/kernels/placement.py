@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
+from grpo_jax.models.config import TransformerConfig
+from grpo_jax.models.sharding import free_axes, ways
 from grpo_jax.types import PyTree
 
-AXES = {"C": ("data", "fsdp"), "H": ("tensor",)}  # contexts and heads; a kernel leaves every other dimension whole
+# The logical axes of a kernel's arrays, a letter each; it leaves every other dimension whole.
+LETTERS = {"C": "contexts", "S": "cells", "T": "tokens", "H": "heads"}
 
 
 def on_tpu() -> bool:
@@ -20,39 +24,39 @@ def on_tpu() -> bool:
     return device.device_kind.startswith("TPU") if device else jax.default_backend() == "tpu"
 
 
+def attention_path(config: TransformerConfig, mesh: Mesh) -> str:
+    """How attention is computed on this mesh, and why not by kernels where it is not: a line for the log."""
+    plain, platform = "matrix products, a block of queries at a time", mesh.devices.flat[0].platform
+    if platform == "gpu":
+        return f"attention: {plain} (cuDNN's cannot go backward through rows that share a context)"
+    if platform != "tpu":
+        return f"attention: {plain} (kernels are for TPU)"
+    if ways("tokens", mesh) > 1 and any(config.windowed):
+        return (
+            f"attention: {plain}, in training (the splash kernel has no sliding window where mesh.sequence divides "
+            "tokens); kernels in sampling"
+        )
+    return "attention: kernels, splash over sequences and our own over what is kept of them"
+
+
 def per_device(function: Callable[..., Array], arguments: Sequence[PyTree], axes: Sequence[str], out: str) -> Any:
     """`function(*arguments)` with each device of the mesh in context working on its own contexts and heads.
 
-    The compiler cannot divide a kernel. axes: for each argument its dimensions, a letter each: "C" is divided over data
-    and fsdp, "H" (query or key/value heads) over tensor, others are whole; out: those of the result. A kind of
-    dimension that does not divide evenly in every argument stays whole on every device. Without a mesh in context, or
-    inside somebody's shard_map, the function is simply called.
+    The compiler cannot divide a kernel. axes: for each argument its dimensions, a letter each, of which those in
+    `LETTERS` are divided as the table says ("H" for query and key/value heads alike); out: those of the result. A kind
+    of dimension that does not divide evenly in every argument stays whole on every device. Without a mesh in context,
+    or inside somebody's shard_map, the function is simply called.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = {n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual and mesh.shape[n] > 1}
-    if not free:
+    free = {letter: free_axes(name, mesh) for letter, name in LETTERS.items()}
+    if not any(free.values()):
         return function(*arguments)
     over: dict[str, tuple[str, ...] | None] = {}
-    for letter, names in AXES.items():
-        names = tuple(name for name in names if name in free)
-        ways = 1
-        for name in names:
-            ways *= mesh.shape[name]
+    for letter, names in free.items():
+        count = math.prod(mesh.shape[name] for name in names)
         leaves = [(x, dims) for argument, dims in zip(arguments, axes) for x in jax.tree.leaves(argument)]
         sizes = [x.shape[dims.index(letter)] for x, dims in leaves if letter in dims]
-        over[letter] = names if names and all(size % ways == 0 for size in sizes) else None
+        over[letter] = names if names and all(size % count == 0 for size in sizes) else None
     specs = [PartitionSpec(*(over.get(letter) for letter in dims)) for dims in (*axes, out)]
     inside = jax.shard_map(function, in_specs=tuple(specs[:-1]), out_specs=specs[-1], check_vma=False)
     return inside(*arguments)
-
-
-def by_context(x: Array) -> Array:
-    """Contexts (the leading axis) divided over data and fsdp, all else whole; as it is without a mesh in context.
-
-    Without it the compiler divides activations as the embedding is divided, over features, and then sums them over
-    devices in every layer instead of gathering the weights.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-    names = tuple(name for name in AXES["C"] if kinds.get(name) == AxisType.Auto and mesh.shape[name] > 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(names)) if names else x

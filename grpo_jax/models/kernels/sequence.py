@@ -21,12 +21,15 @@ class SharedContext(splash.Mask):
 
     The context is causal; a row's column j stands at position P + j and sees the context and its own row, up to itself
     and no further back than the window. What is left over at the end forms rows of its own.
+
+    parts: the sequence is cut into so many parts, each a part of the context and then a part of every row.
     """
 
     P: int
     T: int
     length: int
     window: int | None = None
+    parts: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -34,7 +37,7 @@ class SharedContext(splash.Mask):
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         queries, keys = (np.arange(self.length, dtype=np.int32)[part] for part in index)
-        (row, here), (other, there) = (self._place(x) for x in (queries, keys))
+        (row, here), (other, there) = (self.place(x) for x in (queries, keys))
         shape = len(queries), len(keys)
         if there.min() > here.max() or (other.min() >= 0 and (other.min() > row.max() or other.max() < row.min())):
             return np.broadcast_to(np.False_, shape)  # most blocks, and there are as many as the square of the length
@@ -43,10 +46,12 @@ class SharedContext(splash.Mask):
         visible = (there <= here[:, None]) & ((other < 0) | (other == row[:, None]))
         return visible & (there > here[:, None] - self.window) if self.window else visible
 
-    def _place(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        width = max(self.T, 1)
-        inside = x < self.P
-        return np.where(inside, -1, (x - self.P) // width), np.where(inside, x, self.P + (x - self.P) % width)
+    def place(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The row (-1: the context) and the position of the tokens at x."""
+        part, x = np.divmod(x, self.length // self.parts)
+        P, T = self.P // self.parts, max(self.T // self.parts, 1)
+        inside, (row, column) = x < P, np.divmod(x - P, T)
+        return np.where(inside, -1, row), np.where(inside, part * P + x, self.P + part * T + column)
 
 
 def sequence_attention(
@@ -94,6 +99,40 @@ def sequence_attention(
     return out if window is None else _turned(out, lengths, P)
 
 
+def spread_attention(
+    queries: Float[Array, "C n H D"],
+    keys: Float[Array, "C n Hkv D"],
+    values: Float[Array, "C n Hkv D"],
+    lengths: Int[Array, " C"],
+    *,
+    P: int,
+    T: int,
+    parts: int,
+    scale: float,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> Float[Array, "C n H D"]:
+    """`sequence_attention` in a `shard_map` whose axis "sequence" divides the tokens as `SharedContext.parts` says.
+
+    Each device attends for its own tokens, over the keys and values of all.
+    """
+    C, n, H, D = queries.shape
+    size, block = padded(n, P // parts, T // parts)
+    mask = SharedContext(P, T, size * parts, parts=parts)
+    row, position = mask.place(np.arange(mask.length))
+    exists = ((row >= 0) | (position < lengths[:, None])).astype(jnp.int32)
+    first = jax.lax.axis_index("sequence") * size
+    here = jax.lax.dynamic_slice_in_dim(exists, first, size, axis=1)
+    attend = _of_part(_kernel(mask, H, block, softcap, interpret, parts), parts)
+    laid = [_laid((queries.astype(jnp.float32) * scale).astype(queries.dtype), size)]
+    for x in (keys, values):
+        everywhere = jax.lax.all_gather(x, "sequence", axis=1, tiled=True)
+        wide = _laid(everywhere.reshape(C * parts, n, *x.shape[2:]), size).reshape(C, parts, x.shape[2], size, -1)
+        laid.append(wide.swapaxes(1, 2).reshape(C, x.shape[2], parts * size, -1))
+    ids = jax.vmap(lambda q, k, v, *s: attend(q, k, v, segment_ids=splash.SegmentIds(*s)))
+    return ids(*laid, here, exists)[:, :, :n, :D].swapaxes(1, 2).astype(queries.dtype)
+
+
 def padded(N: int, P: int, T: int) -> tuple[int, int]:
     """The length in which a sequence is computed, and the side of the blocks: 512 where that fits context and rows,
     256 for others, less for a shorter sequence."""
@@ -116,10 +155,28 @@ def _turned(x: Float[Array, "C N heads D"], by: Int[Array, " C"], P: int) -> Flo
     return jnp.concatenate([first, x[:, P:]], axis=1)
 
 
-def _kernel(mask: SharedContext, heads: int, block: int, softcap: float | None, interpret: bool) -> Any:
+def _of_part(kernel: Any, parts: int) -> Any:
+    """The kernel for the queries of the device at hand: its part of what is listed by blocks of queries."""
+
+    def mine(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        size = x.shape[1] // parts
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("sequence") * size, size, axis=1)
+
+    def part(info: Any) -> Any:
+        return info._replace(**{name: mine(getattr(info, name)) for name in ("data_next", "mask_next", "block_mask")})
+
+    infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
+    return type(kernel)(*(None if info is None else part(info) for info in infos), **kernel.kwargs)
+
+
+def _kernel(mask: SharedContext, heads: int, block: int, softcap: float | None, interpret: bool, parts: int = 1) -> Any:
     names = [f.name for f in dataclasses.fields(splash.BlockSizes) if f.name.startswith("block_")]
-    return splash.make_splash_mha_single_device(
+    return splash.make_splash_mha(
         mask=splash.MultiHeadMask([mask] * heads),
+        head_shards=1,
+        q_seq_shards=parts,
         block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
         attn_logits_soft_cap=softcap,
         interpret=interpret,
