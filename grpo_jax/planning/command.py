@@ -83,7 +83,7 @@ def _tell(plan: Plan | None, found: Found | None) -> None:
     console = Console()
     if found:
         header = ["tried", "fits", "GiB free", "step s, at best", "at worst", "MFU at best"]
-        rows = [list(_summary(c.keys, p).values()) for c, p in found.tried]
+        rows = [[c.words, *list(_summary(c.keys, p).values())[1:]] for c, p in found.tried]
         table("meshes and micro-batches", header, rows, console=console)
     shown = plan or (found.tried[0][1] if found else None)
     if shown is not None:

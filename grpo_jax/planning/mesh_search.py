@@ -27,6 +27,10 @@ class Candidate(NamedTuple):
     guess: float
 
     @property
+    def words(self) -> str:
+        return f"{' x '.join(f'{axis} {size}' for axis, size in self.mesh.items())}, {self.tokens} tokens"
+
+    @property
     def keys(self) -> list[str]:
         axes = [f"mesh.{axis}={size}" for axis, size in self.mesh.items()]
         return [*axes, f"batch.tokens_per_device={self.tokens}"]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from grpo_jax.types import PyTree
 
-HALVINGS = 4
+HALVINGS = 5
 FEWEST_ROWS = 8  # on one device; fewer cost as much
 FEWEST_DECISIONS = 256  # the tail of shorter rows does not pay for compiling the step again for every grid
 

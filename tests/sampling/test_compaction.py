@@ -25,9 +25,9 @@ CONFIG = TransformerConfig(
 
 def test_the_ladder_halves_rows_and_ends_in_time():
     sizes = lambda *a, **k: [g[:2] for g in ladder(*a, **k)]  # noqa: E731
-    assert sizes(16, 16, 512) == [(16, 16), (64, 2), (64, 1), (32, 1), (16, 1)]
-    assert sizes(16, 16, 512, context=512) == [(16, 16), (32, 4), (32, 2), (32, 1), (16, 1)]
-    assert sizes(16, 16, 512, context=4096) == [(16, 16), (16, 8), (16, 4), (16, 2), (16, 1)]
+    assert sizes(16, 16, 512) == [(16, 16), (64, 2), (64, 1), (32, 1), (16, 1), (8, 1)]
+    assert sizes(16, 16, 512, context=512) == [(16, 16), (32, 4), (32, 2), (32, 1), (16, 1), (8, 1)]
+    assert sizes(16, 16, 512, context=4096) == [(16, 16), (16, 8), (16, 4), (16, 2), (16, 1), (8, 1)]
     assert sizes(3, 4, 512) == [(3, 4)]
     assert sizes(16, 8, 128) == [(16, 8)]  # short rows: nothing to gain
     assert sizes(12, 8, 512, shards=4) == [(12, 8), (48, 1)]
