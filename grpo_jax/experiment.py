@@ -93,16 +93,7 @@ class Experiment(Viewed):
         )
         if self.held_out:
             rewards.check(functions, [*self.held_out[0].columns, *rewards.STANDARD_COLUMNS])
-        self.method = method or methods.resolve(
-            config.method.name,
-            options=config.method.options,
-            settings={
-                "prompts": config.batch.prompts,
-                "group_size": config.batch.group_size,
-                "max_new": config.sampling.max_new,
-                "steps": config.steps,
-            },
-        )
+        self.method = method or methods.configured(config)
         self.language = assemble.language_model(self.model, config, group_size=self.method.group_size)
         self.domain = self.language.domain()
         if not (functions or self.method.rewards or config.method.name == "sft"):

@@ -8,10 +8,13 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_jax.references import load_function
 from grpo_jax.types import Method
+
+if TYPE_CHECKING:
+    from grpo_jax.training.configuration import Config
 
 
 def names() -> list[str]:
@@ -45,6 +48,17 @@ def resolve(name: str, *, options: Mapping[str, Any], settings: Mapping[str, Any
         )
     wanted = {k: v for k, v in settings.items() if k in parameters}
     return factory(**wanted, **options)
+
+
+def configured(config: Config) -> Method:
+    """The method that a configuration names, told of its batch, its completions and its steps. Raises: as `resolve`."""
+    settings = {
+        "prompts": config.batch.prompts,
+        "group_size": config.batch.group_size,
+        "max_new": config.sampling.max_new,
+        "steps": config.steps,
+    }
+    return resolve(config.method.name, options=config.method.options, settings=settings)
 
 
 def explain(name: str) -> str:

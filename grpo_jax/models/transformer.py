@@ -161,10 +161,10 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "*N"], axes: str) -> Float[Array, "*N E"]:
         # clipped, because a stray padding id must stay finite: NaN survives a mask in the gradient
-        if step := axes == "contexts tokens":  # because the compiler finds no way from the table's layout in one
+        if training := axes != "cells":  # in steps, because the compiler finds no way from the table's layout in one
             tokens = divided(tokens, "lookups whole")
         x = self.embedding[...].at[tokens].get(mode="clip")
-        if step:
+        if training:
             x = divided(divided(x, "lookups whole embed"), "contexts whole features")
         x = divided(x, axes)
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scale_embedding else x

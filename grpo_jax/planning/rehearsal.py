@@ -88,16 +88,7 @@ def rehearse(config: Config, mesh: Mesh, *, memory: float | None = None) -> Rehe
     graphdef, params = models.abstract(shape)
     params = placed(params, models.shardings(models.logical_axes(shape), mesh))
     model = assemble.Model(shape, graphdef, params, Blank(config.data.max_prompt), mesh)
-    method = methods.resolve(
-        config.method.name,
-        options=config.method.options,
-        settings={
-            "prompts": config.batch.prompts,
-            "group_size": config.batch.group_size,
-            "max_new": config.sampling.max_new,
-            "steps": config.steps,
-        },
-    )
+    method = methods.configured(config)
     functions = [rewards.resolve(r.model_dump(exclude_none=True)) for r in config.rewards]
     pool, columns = _pool(config, functions, model.tokenizer)
     transform, _ = optimizer(config.optimizer, config.steps * config.training.number)

@@ -94,8 +94,9 @@ def test_divided_weights_are_gathered_in_every_step_and_nothing_else_is():
     assert all(E in s for s in gathered)
 
 
-def test_fsdp_gathers_weights_and_sums_their_gradients(capfd):
-    looped = [c for c in collectives(learning(make_mesh(data=1, fsdp=8))) if c.looped and c.floating]
+@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 8}, {"data": 1, "dcn_data": 2, "fsdp": 4}])
+def test_fsdp_gathers_weights_and_sums_their_gradients(capfd, sizes):
+    looped = [c for c in collectives(learning(make_mesh(**sizes))) if c.looped and c.floating]
     gathered = {s for c in looped if c.kind == "all-gather" for s in c.shapes if len(s) > 1}
     assert {(E, F), (F, E), (E, HEADS * D), (E, KV * D)} <= gathered
     summed = {s for c in looped if c.kind in ("all-reduce", "reduce-scatter") for s in c.shapes}
