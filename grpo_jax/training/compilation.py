@@ -55,7 +55,7 @@ def keep_compiled() -> Path | None:
 def compile_lightly() -> None:
     """Where there are only CPUs, leave out the newer of XLA's two ways to write loops.
 
-    The programs are as fast, and take two thirds of the time and half the memory to compile. For the versions of JAX
+    The programs are as fast, and take less time and memory to compile. For the versions of JAX
     that this was measured with, before JAX has started, and unless XLA_FLAGS says otherwise already.
     """
     flags, accelerators = os.environ.get("XLA_FLAGS", ""), ("libtpu", "jax_plugins")
