@@ -1,14 +1,16 @@
 """What the programs of a run cost on TPU, compiled ahead of time: bytes of main memory and FLOPs against their floors.
 
     pip install 'grpo_jax[tpu]'        # brings libtpu, the TPU compiler; no TPU is needed
-    python -m benchmarks.tpu [--chips v5e v6e] [--programs sample reference update] [--layers 28] [--save FOLDER]
+    python -m benchmarks.tpu [--chips v5e v6e] [--programs sample sample-int8 reference update] [--layers 28]
+                             [--save FOLDER]
 
-Qwen2.5-1.5B's shapes in bfloat16; 16 prompts of 512 tokens, 16 completions of 512 each. One chip samples and takes the
-reference pass (a micro-batch of one context); the update is one micro-batch per chip on four chips (fsdp), because
-float32 weights and AdamW's moments of 1.5B parameters do not fit on one v5e. The floors: a decode step reads weights,
-each prompt's keys and values once and the filled half of the own ones; elsewhere the operands and results of every
-matrix product pass through memory once, scores and logits never. FLOPs: 2 per weight and token and the visible pairs
-of attention; the update three times that, or four (layers recomputed) in brackets.
+Qwen2.5-1.5B's shapes in bfloat16, and with matrices in int8 where a program's name says so; 16 prompts of 512 tokens,
+16 completions of 512 each. One chip samples and takes the reference pass (a micro-batch of one context); the update is
+one micro-batch per chip on four chips (fsdp), because float32 weights and AdamW's moments of 1.5B parameters do not fit
+on one v5e. The floors: a decode step reads weights, each prompt's keys and values once and the filled half of the own
+ones; elsewhere the operands and results of every matrix product pass through memory once, scores and logits never.
+FLOPs: 2 per weight and token and the visible pairs of attention; the update three times that, or four (layers
+recomputed) in brackets.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +31,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.methods.grpo import grpo
 from grpo_jax.models import TransformerConfig, evaluate
+from grpo_jax.models.quantised import quantised
 from grpo_jax.models.sharding import shardings
 from grpo_jax.models.transformer import abstract, logical_axes
 from grpo_jax.planning.chips import open_slice
 from grpo_jax.planning.collectives import Wires, collectives
 from grpo_jax.planning.costs import Cost, Program
-from grpo_jax.planning.rehearsal import placed
+from grpo_jax.planning.rehearsal import everywhere, placed
 from grpo_jax.planning.roofline import Work, forward_flops, head_weights, layer_weights
 from grpo_jax.sampling.decoding import Cells, draw
 from grpo_jax.sampling.weights import cast
@@ -63,7 +67,7 @@ class Line(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=["v5e", "v6e"])
-    parser.add_argument("--programs", nargs="+", default=["sample", "reference", "update"])
+    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
     parser.add_argument("--layers", type=int, default=QWEN.num_layers)
     parser.add_argument("--save", type=Path, help="folder for the compiled programs' text")
     options = parser.parse_args()
@@ -88,8 +92,10 @@ def main() -> None:
             print(f"compiled {name} for {chip} in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
 
 
-def sample(config: TransformerConfig, mesh: Mesh) -> Any:
+def sample(config: TransformerConfig, mesh: Mesh, *, precision: Literal["int8"] | None = None) -> Any:
     graphdef, params = _params(config, mesh, jnp.bfloat16)
+    if precision:
+        params = placed(jax.eval_shape(partial(quantised, dtype=None), params), everywhere(mesh))
     C, G, P, T = CONTEXTS, ROWS, PROMPT, NEW
     integers = dict.fromkeys(
         ("given_lengths", "budget", "minimum", "top_k", "prompt_ids", "index"), ((C, G), jnp.int32)
@@ -133,16 +139,16 @@ def update(config: TransformerConfig, mesh: Mesh) -> Any:
     )
 
 
-def sampled(config: TransformerConfig, program: Program) -> Iterator[Line]:
+def sampled(config: TransformerConfig, program: Program, *, size: int = 2) -> Iterator[Line]:
+    """size: bytes of a weight."""
     step = program.steps()[0]
     others = [i.called("body") for i in program.computations[program.entry].values() if i.opcode == "while"]
     layers = max((program.cost(body) for body in others if body not in program.steps()), key=lambda cost: cost.flops)
     tokens, rows = CONTEXTS * PROMPT, CONTEXTS * ROWS
     kept = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    moved = _weights(config) + _head(config) + kept * (tokens + rows * (NEW + 1) / 2)
-    yield Line(
-        "prefill", layers.times(config.num_layers), Cost(_streams(config, tokens), _forward(config, CONTEXTS, 0))
-    )
+    moved = (_weights(config) + _head(config)) / 2 * size + kept * (tokens + rows * (NEW + 1) / 2)
+    streams = _streams(config, tokens) - _weights(config) * (1 - size / 2)
+    yield Line("prefill", layers.times(config.num_layers), Cost(streams, _forward(config, CONTEXTS, 0)))
     seen = 4 * config.num_heads * config.head_dim * rows * (PROMPT + (NEW + 1) / 2) * config.num_layers
     yield Line("decode step", program.cost(step), Cost(moved, rows * (_weights(config) + _head(config)) + seen))
 
@@ -154,15 +160,26 @@ def referenced(config: TransformerConfig, program: Program) -> Iterator[Line]:
 
 
 def updated(config: TransformerConfig, program: Program) -> Iterator[Line]:
+    """Forward, again, and twice as much backward; the head as often. But of the feed-forward `down` is not computed
+    again; and where gate and up, made for one product, are never in memory forward, the backward pass writes two slopes
+    and active * up, and five products read them: two widths more than three times the forward pass.
+
+    Besides, in bytes per parameter, on a chip of four: what is gathered, twice, is written (4); gradients are read to
+    be summed over chips (2); and of a quarter, what is sent is read, twice (4), the sum is written (2), and added to
+    the float32 gradient of the step (2 + 4 + 4): 10 in all.
+
+    The optimizer: 7 reads and writes of float32; the gradient once more before them, because its norm decides what is
+    applied; and the copy in bfloat16 that the micro-batches read, which is made before there is a gradient (1 and 1/2).
+    """
     body = max((program.cost(step) for step in program.steps()), key=lambda cost: cost.flops)
     layers, head = _forward(config, 1, ROWS), ROWS * NEW * _head(config)
     streams = _streams(config, PROMPT + ROWS * NEW)
     parameters = (_weights(config) + _head(config)) / 2
-    # forward, again, and twice as much backward; the head as often; gradients added to float32 sums, per chip a part
-    moved = 4 * (streams + _head(config)) + parameters * 12
+    more = 2 * config.intermediate_size - config.hidden_size
+    moved = 4 * (streams + _head(config)) + 2.0 * config.num_layers * (PROMPT + ROWS * NEW) * more + parameters * 10
     yield Line("update, 1 context per chip", body, Cost(moved, 3 * (layers + head)), 4 * (layers + head))
     optimizer = program.total(loops=0)
-    yield Line("optimizer", optimizer, Cost(parameters / 4 * 4 * 7, 0.0))
+    yield Line("optimizer", optimizer, Cost(parameters / 4 * 4 * 9.5, 0.0))
 
 
 def _weights(config: TransformerConfig) -> float:
@@ -231,8 +248,13 @@ def _row(line: Line, wire: float) -> str:
     )
 
 
-PROGRAMS = {"sample": sample, "reference": reference, "update": update}
-LINES = {"sample": sampled, "reference": referenced, "update": updated}
+PROGRAMS = {
+    "sample": sample,
+    "sample-int8": partial(sample, precision="int8"),
+    "reference": reference,
+    "update": update,
+}
+LINES = {"sample": sampled, "sample-int8": partial(sampled, size=1), "reference": referenced, "update": updated}
 
 if __name__ == "__main__":
     main()

@@ -20,6 +20,7 @@ from grpo_jax.training import assemble, metrics, progress
 from grpo_jax.training.agreement import check_alike, check_shared, of_configuration, of_data
 from grpo_jax.training.compilation import compile_lightly, keep_compiled
 from grpo_jax.training.configuration import Config, check_same_run, load_config, parse, to_yaml
+from grpo_jax.training.correction import corrected, uncorrected
 from grpo_jax.training.fused import Fused, obstacle
 from grpo_jax.training.instruments import CompileCounter
 from grpo_jax.training.loop import Run, iterate
@@ -93,9 +94,11 @@ class Experiment(Viewed):
         )
         if self.held_out:
             rewards.check(functions, [*self.held_out[0].columns, *rewards.STANDARD_COLUMNS])
-        self.method = method or methods.configured(config)
-        self.language = assemble.language_model(self.model, config, group_size=self.method.group_size)
-        self.domain = self.language.domain()
+        given = method and corrected(method, cap=config.training.importance_cap)
+        self.method = given or methods.configured(config)
+        language = functools.partial(assemble.language_model, self.model, config, group_size=self.method.group_size)
+        self.language = language()
+        self.domain = language(rounded=False).domain()  # what is evaluated is what is saved
         if not (functions or self.method.rewards or config.method.name == "sft"):
             raise ValueError('no reward function: name at least one under rewards, for instance "exact"')
         self.layout = assemble.layout_of(
@@ -177,7 +180,7 @@ class Experiment(Viewed):
         state = self.method.init(self.pool)
         self.run = Run(
             method=self.method,
-            domain=self.domain,
+            domain=self.language.domain(),
             pool=self.pool,
             verify=self.verify,
             optimizer=transform,
@@ -349,7 +352,9 @@ class Experiment(Viewed):
         say(f"{self.config.name}: {size:,} parameters, method {self.config.method.name}, in {self.directory}")
         size = self.method.group_size
         say(assemble.describe_layout(self.layout, self.config, self.model.mesh, group_size=size))
-        for line in (self.language.arrangement.said, attention_path(self.model.config, self.model.mesh)):
+        attention = attention_path(self.model.config, self.model.mesh)
+        mismatch = uncorrected(self.config.sampling.precision, cap=self.config.training.importance_cap)
+        for line in (self.language.arrangement.said, attention, mismatch):
             if line:
                 say(line)
         if self.pool.too_long:

@@ -159,7 +159,7 @@ def test_what_a_run_writes(tmp_path):
         "reward", "reward_std", "reward/exact", "reward/length", "no_signal", "kl", "entropy", "clip_low", "clip_high",
         "ratio_p01", "ratio_p99", "gap_max", "gap_mean", "length_mean", "length_max", "truncated", "grad_norm", "loss",
         "tokens_sampled_per_s", "tokens_trained_per_s", "seconds", "seconds/sample", "seconds/reward", "seconds/update",
-        "memory_gib", "compilations", "learning_rate",
+        "memory_gib", "compilations", "learning_rate", "gap_kl",
     }  # fmt: skip
     assert wanted <= series.keys()
     assert (series["ratio_max"].values == 1.0).all(), "one update per batch is on policy"

@@ -205,8 +205,9 @@ def _backward(options: _Options, kept: tuple, cotangents: dict[str, Array]):
         d_z = jnp.where(wide(live), d_z / wide(temperature), 0).astype(jnp.result_type(hidden, head))
         d_hidden += jnp.einsum("...twb,wbe->...te", d_z, piece, preferred_element_type=jnp.float32)
         axes = tuple(range(hidden.ndim - 1))
-        d_piece = jnp.tensordot(d_z, hidden, (axes, axes), preferred_element_type=jnp.float32).astype(head.dtype)
-        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_table, d_piece, start, axis=1)
+        # in this order it is the hidden states that a backend may have to transpose, not the larger d_z
+        d_piece = jnp.tensordot(hidden, d_z, (axes, axes), preferred_element_type=jnp.float32).astype(head.dtype)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_table, jnp.moveaxis(d_piece, 0, -1), start, axis=1)
 
     zero = _nothing(hidden, head, targets, temperature, other, *cotangents.values())
     start = jnp.zeros(hidden.shape, jnp.float32) + zero, jnp.zeros(table.shape, head.dtype) + zero.astype(head.dtype)

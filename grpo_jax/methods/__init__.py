@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.references import load_function
+from grpo_jax.training.correction import corrected
 from grpo_jax.types import Method
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def configured(config: Config) -> Method:
         "max_new": config.sampling.max_new,
         "steps": config.steps,
     }
-    return resolve(config.method.name, options=config.method.options, settings=settings)
+    method = resolve(config.method.name, options=config.method.options, settings=settings)
+    return corrected(method, cap=config.training.importance_cap)
 
 
 def explain(name: str) -> str:

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.models.attention import MASKED
 
 KEPT = "kept"  # the name of what a layer keeps for its backward pass
-_BANDS, _NARROWEST = 8, 32  # keys above the diagonal are skipped in so many steps, of so many queries at least
+_BANDS, _NARROWEST = 8, 64  # keys above the diagonal are skipped in so many steps, of so many queries at least
+_FEW = 8  # queries; fewer are added up one by one, because XLA:CPU calls a kernel for every matrix however small
 _SCORES_TO_QUERIES = 4  # of the memory of a block's scores to that of all queries; the same however rows are divided
 
 
@@ -121,7 +122,7 @@ def _backward(options: _Options, kept: tuple, slope: Array):
             d_weights = _product("ckgmd,ckgtd->ckgmt", part.rows(pull), part.values) - part.rows(mean)
             d_scores = weights * d_weights * (options.scale * bend)
             d_q += _product("ckgmt,ckgtd->ckgmd", d_scores, part.keys).reshape(q.shape)
-            more = (_product("ckgmt,ckgmd->ckgtd", w, part.rows(x)) for w, x in ((d_scores, q), (weights, pull)))
+            more = (_over_queries(w, part.rows(x)) for w, x in ((d_scores, q), (weights, pull)))
             near = part.keys.shape[3]
             added.append(tuple(s.at[:, :, :, :near].add(x) for s, x in zip((d_keys, d_values), more)))
         return added, (d_q.astype(queries.dtype),)
@@ -191,3 +192,11 @@ def _scores(options: _Options, q: Array, part: _Part) -> tuple[Float[Array, "C H
 
 def _product(letters: str, one: Array, other: Array) -> Float[Array, "..."]:
     return jnp.einsum(letters, one.astype(other.dtype), other, preferred_element_type=jnp.float32)
+
+
+def _over_queries(weights: Float[Array, "C Hkv g M K"], x: Float[Array, "C Hkv g M D"]) -> Float[Array, "C Hkv g K D"]:
+    queries = weights.shape[3]
+    if queries > _FEW:
+        return _product("ckgmt,ckgmd->ckgtd", weights, x)
+    one_by_one = (weights[..., m, :, None] * x[..., m, None, :].astype(jnp.float32) for m in range(queries))
+    return functools.reduce(jnp.add, one_by_one)

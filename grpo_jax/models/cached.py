@@ -82,7 +82,7 @@ def attend_cached(
             visible &= places > here - window
         scores = jnp.where(visible, scores, MASKED)
         top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
+        weights = jnp.exp(scores - top)  # of a context that nothing of is seen the common maximum makes 0
         return weights, top[..., 0], weights.sum(axis=-1)
 
     def shared() -> tuple[Array, Array, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -9,10 +10,13 @@ import jax.numpy as jnp
 
 from grpo_jax.losses import chunked_logps
 from grpo_jax.models.config import TransformerConfig
+from grpo_jax.models.kernels import on_tpu
+from grpo_jax.models.sharding import parts
 from grpo_jax.models.transformer import merge
 from grpo_jax.types import Batch, Decisions, PyTree
 
 TO_SPARE = 2**26  # bytes
+LOGITS = 7 * 2**22  # bytes at a time, on one TPU core: fast memory (128 MiB on v5e, v6e) then holds hidden states too
 
 
 def evaluate(
@@ -51,6 +55,7 @@ def evaluate(
         temperature=rows.temperature.reshape(c, g),
         softcap=model.config.final_softcap,
         entropy="entropy" in wants,
+        chunk=in_fast_memory(n * t) if on_tpu() else None,
     )
     flat = jax.tree.map(lambda x: x.reshape(n, t), (logps, stats))
     return Decisions(logps=flat[0], stats=flat[1])
@@ -67,3 +72,11 @@ def outweighs(config: TransformerConfig, tokens: int, params: PyTree) -> bool:
     kept = config.num_layers * (2 * config.hidden_size + heads + 2 * config.intermediate_size)
     leaves = jax.tree.leaves(params)
     return tokens * kept * leaves[0].dtype.itemsize > max(16 * sum(x.size for x in leaves), TO_SPARE)
+
+
+def in_fast_memory(decisions: int) -> int:
+    """Tokens of the vocabulary whose float32 logits, of each device's part of so many decisions, take `LOGITS` bytes:
+    whole tiles of them, and no fewer than keep the matrix unit busy.
+    """
+    here = decisions // math.prod(parts(name) for name in ("contexts", "tokens", "vocab"))
+    return max(512, LOGITS // (4 * max(here, 1)) // 128 * 128)

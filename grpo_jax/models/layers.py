@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.models.attention import rotate
 from grpo_jax.models.blocked import KEPT
 from grpo_jax.models.config import TransformerConfig
+from grpo_jax.models.kernels import on_tpu
+from grpo_jax.models.quantised import Quantised, times
 from grpo_jax.models.sharding import divided
 from grpo_jax.types import Key, PyTree
 
@@ -42,6 +44,20 @@ MATRICES = {  # of a layer; they start normal
     "up": "layers embed mlp",
     "down": "layers mlp embed",
 }
+
+
+def gathered(weights: PyTree) -> PyTree:
+    """One layer's weights, in jit, each matrix with all its features on every device; divided over `tensor` alone.
+
+    Left to itself the compiler for TPU multiplies with a part of the features at a time, as the parts come in: it then
+    writes the whole product, in the dtype of the weights, once for each part, and reads it back to add the next.
+    """
+
+    def whole(path: tuple, x: Array) -> Array:
+        names = MATRICES.get(getattr(path[-1], "key", ""))
+        return x if names is None else divided(x, names.removeprefix("layers ").replace("embed", "whole"))
+
+    return jax.tree_util.tree_map_with_path(whole, weights)
 
 
 class Weights:
@@ -147,6 +163,8 @@ class FeedForward(nnx.Module):
         gate, up = (checkpoint_name(product(x, w[...]), KEPT) for w in (self.gate, self.up))
         if self.config.mlp_bias:
             gate, up = gate + self.gate_bias, up + self.up_bias
+        if on_tpu():
+            gate, up = _slopes_once(gate, up)
         active = jax.nn.silu(gate) if self.config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
         out = product(active * up, self.down[...])
         return out + self.down_bias if self.config.mlp_bias else out
@@ -180,8 +198,12 @@ class Layer(nnx.Module):
         return divided(x + (norm(y, self.mlp_post_norm, config) if config.post_norms else y), axes), kept
 
 
+def product(x: Float[Array, "*N I"], matrix: Float[Array, "I O"] | Quantised) -> Float[Array, "*N O"]:
+    return times(x, matrix) if isinstance(matrix, Quantised) else _product(x, matrix)
+
+
 @jax.custom_vjp
-def product(x: Float[Array, "*N I"], matrix: Float[Array, "I O"]) -> Float[Array, "*N O"]:
+def _product(x: Float[Array, "*N I"], matrix: Float[Array, "I O"]) -> Float[Array, "*N O"]:
     """x @ matrix, with the matrix's gradient computed in the order in which the matrix lies.
 
     JAX's own rule computes the transposed gradient and needs the slope transposed too, an array as large as the
@@ -200,10 +222,22 @@ def _product_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, A
     return slope @ matrix.T, jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
 
 
-product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
-def _to_heads(x: Float[Array, "*N E"], matrix: Float[Array, "E H D"]) -> Float[Array, "*N H D"]:
+@jax.custom_vjp
+def _slopes_once(*arrays: Array) -> tuple[Array, ...]:
+    """The same arrays, whose slopes are in memory before anything reads them.
+
+    On TPU XLA would rather compute them again inside each product that takes them, from all that they are made of.
+    """
+    return arrays
+
+
+_slopes_once.defvjp(lambda *arrays: (arrays, None), lambda _, slopes: jax.lax.optimization_barrier(slopes))
+
+
+def _to_heads(x: Float[Array, "*N E"], matrix: Float[Array, "E H D"] | Quantised) -> Float[Array, "*N H D"]:
     return product(x, matrix.reshape(matrix.shape[0], -1)).reshape(*x.shape[:-1], *matrix.shape[1:])
 
 

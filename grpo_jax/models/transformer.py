@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import NOWHERE, rotary_frequencies
@@ -21,7 +22,8 @@ from grpo_jax.models.blocked import KEPT
 from grpo_jax.models.cached import KeysValues, arranged, attend_cached, written
 from grpo_jax.models.config import TransformerConfig
 from grpo_jax.models.kernels import attend_sequence, on_tpu
-from grpo_jax.models.layers import Layer, Weights, norm
+from grpo_jax.models.layers import Layer, Weights, gathered, norm
+from grpo_jax.models.quantised import Quantised
 from grpo_jax.models.sharding import divided, parts
 from grpo_jax.models.spread import attend_spread, attend_together, laid, parted
 from grpo_jax.types import Key, PyTree
@@ -63,7 +65,7 @@ class Transformer(nnx.Module):
 
             return block(x, self._pick(angles, setting), mix, axes="cells")
 
-        angles = self._angles(jnp.arange(P, dtype=jnp.int32))
+        angles = self._angles(jnp.arange(P, dtype=jnp.int32), P)
         return self._scan(layer, self._embed(tokens, "cells"))[1]
 
     def decode(
@@ -108,7 +110,7 @@ class Transformer(nnx.Module):
 
             return block(x, self._pick(angles, setting), mix, axes="cells"), None
 
-        angles = self._angles(positions[:, None])
+        angles = self._angles(positions[:, None], prefix.values.shape[-2] + T)
         (x, own), _ = self._scan(layer, (self._embed(tokens, "cells"), own))
         return norm(x, self.norm, self.config), own
 
@@ -143,9 +145,9 @@ class Transformer(nnx.Module):
             return block(x, self._pick(angles, setting), mix, axes=axes)
 
         # context and rows lie side by side, so each projection is one matrix product and each weight's gradient too
-        angles = self._angles(laid(within, jnp.broadcast_to(columns[:, None], (C, G, T)), cut))
+        angles = self._angles(laid(within, jnp.broadcast_to(columns[:, None], (C, G, T)), cut), P + T)
         x = self._embed(laid(contexts, tokens, cut), axes)
-        x = self._scan(layer, x, remat=remat)[0]
+        x = self._scan(layer, x, remat=remat, gather=True)[0]
         return norm(parted(x, P, G, cut)[1], self.norm, self.config)
 
     def empty(self, C: int, G: int, T: int, dtype: Any) -> KeysValues:
@@ -157,24 +159,49 @@ class Transformer(nnx.Module):
 
     def head(self) -> Float[Array, "E V"]:
         """The matrix from hidden states to logits; `softcap(logits, config.final_softcap)` is left to the caller."""
+        matrix = self._head()
+        return matrix.matrix(self.norm[...].dtype) if isinstance(matrix, Quantised) else matrix
+
+    def logits(self, hidden: Float[Array, "N E"]) -> Float[Array, "V N"]:
+        """In float32, before `softcap`."""
+        matrix, scale = self._head(), None
+        if isinstance(matrix, Quantised):
+            matrix, scale = matrix.values.astype(hidden.dtype), matrix.scale.T
+        logits = jnp.einsum("ne,ev->vn", hidden, matrix, preferred_element_type=jnp.float32)
+        logits = logits if scale is None else logits * scale
+        if on_tpu():  # where the compiler may else compute them rows first, for the product's sake, and copy them
+            logits = with_layout_constraint(logits, Layout((0, 1)))
+        return logits
+
+    def _head(self) -> Float[Array, "E V"] | Quantised:
         return self.embedding[...].T if self.config.tie_embeddings else self.unembedding[...]
 
     def _embed(self, tokens: Int[Array, "*N"], axes: str) -> Float[Array, "*N E"]:
         # clipped, because a stray padding id must stay finite: NaN survives a mask in the gradient
         if training := axes != "cells":  # in steps, because the compiler finds no way from the table's layout in one
             tokens = divided(tokens, "lookups whole")
-        x = self.embedding[...].at[tokens].get(mode="clip")
+        table = self.embedding[...]
+        if isinstance(table, Quantised):
+            x = table.rows(tokens).astype(self.norm[...].dtype)
+        else:
+            x = table.at[tokens].get(mode="clip")
         if training:
             x = divided(divided(x, "lookups whole embed"), "contexts whole features")
         x = divided(x, axes)
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scale_embedding else x
 
-    def _angles(self, positions: Int[Array, "*N"]) -> tuple[Float[Array, "K *N 1 half"], Float[Array, "K *N 1 half"]]:
-        """Cosine and sine of every rotary table at positions."""
+    def _angles(
+        self, positions: Int[Array, "*N"], longest: int
+    ) -> tuple[Float[Array, "K *N 1 half"], Float[Array, "K *N 1 half"]]:
+        """Cosine and sine of every rotary table at positions below `longest`.
+
+        Looked up: what is computed where it is needed, XLA:CPU computes again for every head of every layer.
+        """
         config = self.config
         ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
-        turn = jnp.stack([positions[..., None, None] * rotary_frequencies(r, config.head_dim) for r in ropes])
-        return jnp.cos(turn), jnp.sin(turn)
+        place = jnp.arange(longest, dtype=jnp.float32)[:, None]
+        turn = jnp.stack([place * rotary_frequencies(r, config.head_dim) for r in ropes])
+        return tuple(x.at[:, positions].get(mode="clip")[..., None, :] for x in (jnp.cos(turn), jnp.sin(turn)))
 
     def _pick(self, angles: tuple[Array, Array], setting: _Setting) -> tuple[Array, Array]:
         return tuple(table[0 if setting.rope is None else setting.rope] for table in angles)
@@ -209,8 +236,14 @@ class Transformer(nnx.Module):
             return attend_spread(*arrays, **options, window=setting.window, G=G, parts=cut)
         return attend_together(*arrays, **options, window=setting.window, G=G)
 
-    def _scan(self, layer: Callable, carry: PyTree, extra: PyTree = None, *, remat: bool = False) -> tuple[PyTree, Any]:
-        """Run `layer(block, setting, carry, extra of that layer)` over all layers."""
+    def _scan(
+        self, layer: Callable, carry: PyTree, extra: PyTree = None, *, remat: bool = False, gather: bool = False
+    ) -> tuple[PyTree, Any]:
+        """Run `layer(block, setting, carry, extra of that layer)` over all layers.
+
+        gather: the weights are divided over devices and come together for one layer at a time; again for the backward
+        pass.
+        """
         config = self.config
         sliding = np.array(config.windowed)
         setting = _Setting(
@@ -222,7 +255,8 @@ class Transformer(nnx.Module):
 
         def body(carry: PyTree, inputs: tuple) -> tuple[PyTree, Any]:
             weights, setting, extra = inputs
-            return layer(nnx.merge(graphdef, weights), setting, carry, extra)
+            block = nnx.merge(graphdef, gathered(weights) if gather else weights)
+            return layer(block, setting, carry, extra)
 
         policies = jax.checkpoint_policies
         policy = policies.nothing_saveable if remat else policies.save_only_these_names(KEPT)

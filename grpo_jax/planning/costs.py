@@ -16,6 +16,7 @@ from typing import NamedTuple
 from grpo_jax.planning.hlo import ARRAY, Instruction, Module, Turns, array_bytes, elements, size
 
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
+ROOM = 'custom_call_target="AllocateBuffer"'  # for what a loop will write; nothing is written yet
 VIEWS = {"bitcast", "reshape", "convert", "copy", "transpose", "opt-barrier"}
 # Matrix products of each block of scores in JAX's splash attention, whose kernels do not say what they cost.
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
@@ -70,7 +71,7 @@ class Program(Module):
             yield moved, f"{i.opcode} {i.name} {i.shape[:90]} {where[1][-80:] if where else ''}"
 
     def _one(self, i: Instruction, here: dict[str, Instruction], asked: Turns) -> Cost:
-        if i.opcode in FREE or i.opcode.endswith(("-done", "-update")):
+        if i.opcode in FREE or i.opcode.endswith(("-done", "-update")) or ROOM in i.rest:
             return Cost()
         if i.opcode == "while":
             turns = self.turns(i, asked)
@@ -153,6 +154,9 @@ class Program(Module):
                 taken += self._taken(inner, user.name, whole)
             elif user.opcode == "fusion":
                 nested = self.computations[user.called("calls") or ""]
+                if not user.root and all(i.opcode in ("parameter", "copy", "bitcast") for i in nested.values()):
+                    taken += self._taken(inner, user.name, whole)  # the same values in other tiles, as they are read
+                    continue
                 for n, operand in enumerate(user.operands):
                     if operand == name:
                         taken += self._read(nested, n, _plain(user, n, inner))

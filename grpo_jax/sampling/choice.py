@@ -107,11 +107,11 @@ def _ordered(values: Float[Array, "V N"]) -> Array:
 
 
 def _runs(values: Float[Array, "V N"]) -> Float[Array, "R K N"]:
-    """V cut evenly into at most sixteen runs, which devices that divide the vocabulary then have of their own; what is
-    drawn does not depend on how many devices there are. Blocks of about V's root where V is odd."""
+    """V cut evenly into eight or sixteen runs, which devices that divide the vocabulary then have of their own; what is
+    drawn does not depend on how many devices there are. Blocks of about V's root where that cannot be."""
     v = values.shape[0]
-    runs = max(n for n in (1, 2, 4, 8, 16) if v % n == 0 and (n * n <= v or n == 1))
-    return _blocks(values) if runs == 1 else values.reshape(runs, v // runs, -1)
+    runs = next((n for n in (16, 8) if v % n == 0 and n * n <= v), None)
+    return _blocks(values) if runs is None else values.reshape(runs, v // runs, -1)
 
 
 def _blocks(values: Float[Array, "K N"]) -> Float[Array, "B k N"]:
@@ -127,7 +127,8 @@ def _masses(blocks: Float[Array, "B K N"]) -> tuple[Float[Array, "B N"], Float[A
     """The largest value of each block and of all, and each block's sum of exponentials over the latter."""
     tops = blocks.max(axis=1)
     top = tops.max(axis=0)
-    return tops, top, jnp.exp(blocks - top).sum(axis=1)
+    # otherwise XLA reads all values once more for what the masses sum to
+    return tops, top, jax.lax.optimization_barrier(jnp.exp(blocks - top).sum(axis=1))
 
 
 def _within(

@@ -1,4 +1,4 @@
-"""How the weights lie while completions are drawn: as in training, or gathered once for a whole rollout."""
+"""The weights that completions are drawn with: as in training or gathered once for a whole rollout, and how precise."""
 
 from __future__ import annotations
 
@@ -14,19 +14,26 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.models import TransformerConfig, abstract, logical_axes
+from grpo_jax.models.quantised import places, quantised
 from grpo_jax.models.sharding import GATHERED, shardings, ways
 from grpo_jax.types import PyTree
+
+Precision = Literal["int8"] | None  # None: the compute dtype
 
 TRAINED = 16  # bytes that training holds of a parameter: float32 weights, two moments, and another role's weights
 GIB = 2**30
 
 
 class Arrangement(NamedTuple):
-    """Where weights lie in training and where for sampling; None: there is one place. `said`: for the log, or ""."""
+    """Where weights lie in training and where for sampling; None: there is one place. `said`: for the log, or "".
+
+    precision: of matrices for sampling; scales lie as the channels that they belong to.
+    """
 
     from_: PyTree | None = None
     to: PyTree | None = None
     said: str = ""
+    precision: Precision = None
 
 
 def arrange(
@@ -35,6 +42,7 @@ def arrange(
     dtype: Any,
     *,
     wanted: Literal["auto", "gathered", "divided"] = "auto",
+    precision: Precision = None,
     memory: float | None = None,
 ) -> Arrangement:
     """Where weights of a dtype lie while completions are drawn.
@@ -46,17 +54,20 @@ def arrange(
     memory: bytes of one device; None: asked of the device.
     """
     if ways("embed", mesh) == 1:
-        return Arrangement()
+        return Arrangement(precision=precision)
     axes, shapes = logical_axes(config), abstract(config, dtype)[1]
     here, there = (shardings(axes, mesh, **rules) for rules in ({}, {"rules": GATHERED}))
-    held, copy = (_bytes(shapes, places) for places in (here, there))
     left = _memory(mesh) if memory is None else memory
-    left = left and left - TRAINED / jnp.dtype(dtype).itemsize * held
+    left = left and left - TRAINED / jnp.dtype(dtype).itemsize * _bytes(shapes, here)
+    if precision:
+        shapes = jax.eval_shape(lambda params: quantised(params, None), shapes)
+        here, there = places(here), places(there)
+    held, copy = (_bytes(shapes, lying) for lying in (here, there))
     fits = left is not None and 2 * copy <= left
-    size, crossing = f"{_size(copy)} of {jnp.dtype(dtype).name} per device", _size(copy - held)
+    size, crossing = f"{_size(copy)} of {precision or jnp.dtype(dtype).name} per device", _size(copy - held)
     if wanted == "gathered" or (wanted == "auto" and fits):
         said = f"sampling with gathered weights: {size}, of which {crossing} cross the network once a rollout"
-        return Arrangement(here, there, said)
+        return Arrangement(here, there, said, precision)
     why = ""
     if wanted == "auto" and left is not None:
         why = f"; a whole copy, {size}, is more than half of the {_size(max(left, 0))} that training leaves; a larger "
@@ -64,15 +75,16 @@ def arrange(
     elif wanted == "auto":
         why = "; how much memory a device has is not known, and sampling.weights=gathered gathers them once a rollout"
     said = f"sampling with weights divided as in training: {crossing} cross the network in every step{why}"
-    return Arrangement(here, here, said)
+    return Arrangement(here, here, said, precision)
 
 
 def prepared(arrangement: Arrangement, dtype: Any) -> Callable[[PyTree], PyTree]:
     """The program that makes of parameters what completions are drawn with; one for all that ask for the same."""
-    if dtype is None and arrangement.from_ == arrangement.to:
+    precision = arrangement.precision
+    if dtype is None and precision is None and arrangement.from_ == arrangement.to:
         return lambda params: params
     leaves, tree = jax.tree.flatten((arrangement.from_, arrangement.to))
-    return _program(None if dtype is None else jnp.dtype(dtype), tree, tuple(leaves))
+    return _program(precision, None if dtype is None else jnp.dtype(dtype), tree, tuple(leaves))
 
 
 def cast(params: PyTree, dtype: Any) -> PyTree:
@@ -83,15 +95,15 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(dtype: Any, tree: Any, leaves: tuple) -> Callable[[PyTree], PyTree]:
+def _program(precision: Precision, dtype: Any, tree: Any, leaves: tuple) -> Callable[[PyTree], PyTree]:
     from_, to = tree.unflatten(leaves)
 
     def cast_weights(params: PyTree) -> PyTree:
-        return cast(params, dtype)
+        return quantised(params, dtype) if precision else cast(params, dtype)
 
     def gather_weights(params: PyTree) -> PyTree:
         # held where they are until they are cast: what crosses the network is then as small as it can be
-        return jax.lax.with_sharding_constraint(cast(params, dtype), from_)
+        return jax.lax.with_sharding_constraint(cast_weights(params), from_)
 
     return jax.jit(cast_weights if from_ == to else gather_weights, out_shardings=to)
 

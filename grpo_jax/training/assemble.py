@@ -101,10 +101,13 @@ def open_model(config: Config) -> Model:
     return load_model(config.model.path, tokenizer=config.data.tokenizer, mesh=mesh)
 
 
-def language_model(model: Model, config: Config, *, group_size: int, memory: float | None = None) -> LanguageModel:
+def language_model(
+    model: Model, config: Config, *, group_size: int, rounded: bool = True, memory: float | None = None
+) -> LanguageModel:
     """The policy domain of the configuration. group_size: completions per prompt that the method usually asks for.
 
-    memory: bytes of one device, for devices that cannot be asked.
+    rounded: whether completions are drawn in `sampling.precision`. memory: bytes of one device, for devices that cannot
+    be asked.
     """
     sampling = config.sampling
     dtype = jnp.dtype(config.model.dtype)
@@ -121,7 +124,14 @@ def language_model(model: Model, config: Config, *, group_size: int, memory: flo
         stop=tuple(sampling.stop),
         compute_dtype=None if dtype == jnp.float32 else dtype,
         remat=config.model.remat,
-        arrangement=arrange(model.config, model.mesh, dtype, wanted=sampling.weights, memory=memory),
+        arrangement=arrange(
+            model.config,
+            model.mesh,
+            dtype,
+            wanted=sampling.weights,
+            precision=sampling.precision if rounded else None,
+            memory=memory,
+        ),
     )
 
 

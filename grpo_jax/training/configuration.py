@@ -291,6 +291,8 @@ def _words(schema: Mapping[str, Any]) -> str:
     """A type in words: "number above 0, or null"."""
     if "anyOf" in schema:
         return ", or ".join(_words(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if "properties" in _section(schema):

@@ -41,6 +41,7 @@ SUMMARY = {
     "clip_high": "ratios clipped from above",
     "gap_mean": "sampler–trainer gap, mean",
     "gap_max": "sampler–trainer gap, largest",
+    "gap_kl": "KL of the sampler to the trainer, nats per token",
     "grad_norm": "gradient norm",
     "seconds": "seconds per step",
     "tokens_sampled_per_s": "tokens sampled per second",

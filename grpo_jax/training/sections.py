@@ -121,6 +121,11 @@ class TrainingSection(Section):
         return self.updates * self.passes
 
     fused: bool = Field(True, description="run whole steps as one program where every reward is in-graph")
+    importance_cap: Positive | None = Field(
+        None,
+        description="truncated importance sampling: the loss of a sampled token times its probability under the policy "
+        "over that under the sampler, at most this (usual: 2); null: off",
+    )
     truncated_limit: Share = Field(0.5, description="share of completions cut off by max_new above which a step warns")
 
 
@@ -136,6 +141,11 @@ class SamplingSection(Section):
         "auto",
         description="on a mesh that splits the weights: gathered once for a rollout, or divided as in training and "
         "gathered in every decode step; auto: gathered where a copy takes half of the memory that is left, or less",
+    )
+    precision: Literal["int8"] | None = Field(
+        None,
+        description="int8: draw rollouts with matrices rounded to eight bits per output channel, half the bytes of a "
+        "decode step's weights; evaluation and training stay in model.dtype; null: as model.dtype",
     )
 
 

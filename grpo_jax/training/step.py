@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.losses import kl
 from grpo_jax.training.mesh import by_rows
 from grpo_jax.types import Batch, Contexts, Decisions, Method, PyTree
 
@@ -270,8 +271,9 @@ def summarise(new: Decisions, rows: Batch, reported: dict[str, Array], first: bo
     if first:
         same = (rows.sampled_under == rows.trained_under)[:, None]
         drawn = trained & same & ~jnp.isnan(rows.behavior_logps) & ~jnp.isnan(rows.sampler_logps)
-        gap = jnp.where(drawn, jnp.abs(new.logps - rows.sampler_logps), 0)
-        metrics |= {"gap_max": gap.max(), "gap_mean": gap.sum() / jnp.maximum(drawn.sum(), 1)}
+        gap, size = jnp.where(drawn, jnp.abs(new.logps - rows.sampler_logps), 0), jnp.maximum(drawn.sum(), 1)
+        metrics |= {"gap_max": gap.max(), "gap_mean": mean(gap, drawn, size)}
+        metrics |= {"gap_kl": mean(kl.k3(rows.sampler_logps, new.logps), drawn, size)}  # KL(sampler || trainer)
     return metrics
 
 

@@ -59,8 +59,9 @@ def plain(xp, arrays, lengths=LENGTHS, cap=None, window=None):
     return xp.einsum("cghtk,cgkhd->cgthd", weights, beside(values, there_values))
 
 
-@pytest.mark.parametrize("cap, window", CASES)
-def test_values_and_gradients(cap, window):
+@pytest.mark.parametrize("cap, window, few", [*((*case, 0) for case in CASES), (None, None, 8)])
+def test_values_and_gradients(cap, window, few, monkeypatch):
+    monkeypatch.setattr(blocked, "_FEW", few)
     arrays = inputs()
     probe = np.random.default_rng(1).normal(size=arrays[0].shape)
     wide = [x.astype(np.float64) for x in arrays]

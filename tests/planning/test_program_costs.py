@@ -76,6 +76,27 @@ def test_loops_count_as_often_as_they_run_and_kernels_as_they_say():
     assert program.total(loops=3) == turn.times(8 + 3) + Cost(11, 7)
 
 
+def test_a_slice_of_an_array_in_other_tiles_costs_the_slice():
+    """As the TPU compiler reads bytes of int8: the copy of the whole inside a fusion is never made."""
+    whole = "f32[8,16,128]{2,1,0:T(8,128)}"
+    tiles = f"%tiles (t: f32[8,16,128]) -> f32[8,16,128] {{\n  %t = {whole} parameter(0)\n"
+    tiles += f"  ROOT %c = {whole} copy(%t)\n}}\n\n"
+    again = f"  %again = {whole} fusion(%p0), kind=kLoop, calls=%tiles\n"
+    slice_ = "  %slice = f32[1,16,128]{2,1,0:T(8,128)} dynamic-slice("
+    text = TEXT.replace("%sliced (p0", f"{tiles}%sliced (p0").replace(f"{slice_}%p0", f"{again}{slice_}%again")
+    assert "dynamic-slice(%again" in text
+    assert Program(text).cost("body") == Program(TEXT).cost("body")
+    other = text.replace(" copy(%t)", " negate(%t)")
+    assert Program(other).cost("body").bytes == Program(TEXT).cost("body").bytes + 7 * SLICE
+
+
+def test_room_for_what_a_loop_will_write_moves_nothing():
+    text = "ENTRY %e () -> f32[16,128] {\n"
+    text += '  ROOT %room = f32[16,128]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"\n}\n'
+    assert Program(text).total() == Cost()
+    assert Program(text.replace("AllocateBuffer", "Fill")).total() == Cost(SLICE)
+
+
 def test_small_arrays_count_with_the_padding_of_their_tile():
     text = "ENTRY %e (x: bf16[5,3]) -> bf16[5,3] {\n  %x = bf16[5,3]{1,0:T(8,128)(2,1)} parameter(0)\n"
     text += "  ROOT %y = bf16[5,3]{1,0:T(8,128)(2,1)} negate(%x)\n}\n"

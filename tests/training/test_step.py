@@ -376,12 +376,13 @@ def test_metrics_are_means_over_trained_decisions(toy):
         low, high = np.quantile(np.exp(np.asarray(marks, np.float64))[trained], [0.01, 0.99])
         np.testing.assert_allclose([metrics["ratio_p01"], metrics["ratio_p99"]], [low, high], rtol=1e-5)
         drawn = trained & (rows.sampled_under == rows.trained_under)[:, None]
-        gaps, entropies = [], []
+        gaps, divergences, entropies = [], [], []
         for i in range(len(rows)):
             tokens, context = rows.completions[i, : rows.lengths[i]], rows.contexts.tokens[rows.trained_under[i], 0]
             temperature = rows.temperature[i]
             logps = toy.table_logps(toy.parameters(), context, tokens, temperature)
             gaps += list(np.abs(logps + 1)[drawn[i, : len(tokens)]])
+            divergences += list((np.exp(logps + 1) - 1 - (logps + 1))[drawn[i, : len(tokens)]])
             for t in np.flatnonzero(trained[i]):
                 every = [
                     toy.table_logps(toy.parameters(), context, np.append(tokens[:t], v).astype(int), temperature)[-1]
@@ -390,6 +391,7 @@ def test_metrics_are_means_over_trained_decisions(toy):
                 entropies.append(-np.sum(np.exp(every) * every))
         assert float(metrics["gap_max"]) == pytest.approx(max(gaps), rel=1e-5)
         assert float(metrics["gap_mean"]) == pytest.approx(np.mean(gaps), rel=1e-5)
+        assert float(metrics["gap_kl"]) == pytest.approx(np.mean(divergences), rel=1e-4)
         assert float(metrics["entropy"]) == pytest.approx(np.mean(entropies), rel=1e-5)
 
 
