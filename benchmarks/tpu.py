@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=QWEN.num_layers)
     parser.add_argument("--save", type=Path, help="folder for the compiled programs' text")
     options = parser.parse_args()
+    if options.save:
+        options.save.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_platforms", "cpu")
     config = dataclasses.replace(QWEN, num_layers=options.layers)
     print("| chip | program | GB moved | floor | ratio | TFLOP | floor | ratio | GB on the wire |\n" + "|---" * 9 + "|")

@@ -18,7 +18,7 @@ from grpo_jax.models.kernels import attention_path
 from grpo_jax.supervised import warm_up
 from grpo_jax.training import assemble, metrics, progress
 from grpo_jax.training.agreement import check_alike, check_shared, of_configuration, of_data
-from grpo_jax.training.compilation import compile_lightly, keep_compiled
+from grpo_jax.training.compilation import compile_lightly, keep_compiled, leave_constants_in_place
 from grpo_jax.training.configuration import Config, check_same_run, load_config, parse, to_yaml
 from grpo_jax.training.correction import corrected, uncorrected
 from grpo_jax.training.fused import Fused, obstacle
@@ -59,6 +59,7 @@ class Experiment(Viewed):
         self.started = time.perf_counter()
         processes.join()
         compile_lightly()
+        leave_constants_in_place()
         keep_compiled()
         with processes.together():
             self._open(config, prompts, reward_functions, method)

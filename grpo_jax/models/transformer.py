@@ -195,13 +195,14 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "K *N 1 half"], Float[Array, "K *N 1 half"]]:
         """Cosine and sine of every rotary table at positions below `longest`.
 
-        Looked up: what is computed where it is needed, XLA:CPU computes again for every head of every layer.
+        Looked up, except on TPU: what is computed where it is needed, XLA:CPU computes again for every head of every
+        layer, and a lookup it does not take along.
         """
-        config = self.config
+        config, direct = self.config, on_tpu()
         ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
-        place = jnp.arange(longest, dtype=jnp.float32)[:, None]
-        turn = jnp.stack([place * rotary_frequencies(r, config.head_dim) for r in ropes])
-        return tuple(x.at[:, positions].get(mode="clip")[..., None, :] for x in (jnp.cos(turn), jnp.sin(turn)))
+        at = positions if direct else jnp.arange(longest, dtype=jnp.int32)
+        turn = jnp.stack([at[..., None, None] * rotary_frequencies(r, config.head_dim) for r in ropes])
+        return tuple(x if direct else x.at[:, positions].get(mode="clip") for x in (jnp.cos(turn), jnp.sin(turn)))
 
     def _pick(self, angles: tuple[Array, Array], setting: _Setting) -> tuple[Array, Array]:
         return tuple(table[0 if setting.rope is None else setting.rope] for table in angles)

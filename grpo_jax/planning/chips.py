@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from grpo_jax.training.compilation import leave_constants_in_place
+
 GIB = 2**30
 
 
@@ -94,6 +96,7 @@ def open_slice(name: str, slices: int = 1) -> Slice:
     if slices < 1:
         raise ValueError(f"--slices is the number of slices, 1 or more, got {slices}")
     _without_machine(chip, math.prod(shape))
+    leave_constants_in_place()
     from jax.experimental import topologies
 
     options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}

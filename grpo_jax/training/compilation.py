@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -62,6 +63,22 @@ def compile_lightly() -> None:
     only_cpus = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(importlib.util.find_spec, accelerators))
     if only_cpus and jax.__version_info__[:2] == (0, 10) and "xla_cpu_use_fusion_emitters" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+
+
+def leave_constants_in_place() -> None:
+    """Where libtpu is installed, have it not keep what a loop only reads in main memory and in fast memory at once.
+
+    The copy in fast memory, as of the prompts' keys and values in a decode step, is made again in every turn of the
+    loop, and nothing reads it. For the version that this was seen with, before JAX has started, and unless
+    LIBTPU_INIT_ARGS says otherwise already.
+    """
+    flag, given = "xla_msa_enable_while_redundant_eviction_elimination", os.environ.get("LIBTPU_INIT_ARGS", "")
+    try:
+        version = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if version.startswith("0.0.42") and flag not in given:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given} --{flag}=false".strip()
 
 
 class Explanations(logging.Filter):

@@ -17,7 +17,7 @@ import pytest
 
 from grpo_jax.training import compilation
 from grpo_jax.training.ahead import Ahead
-from grpo_jax.training.compilation import compile_lightly, keep_compiled
+from grpo_jax.training.compilation import compile_lightly, keep_compiled, leave_constants_in_place
 from grpo_jax.training.instruments import CompileCounter
 
 SETTINGS = (
@@ -193,3 +193,25 @@ def test_light_compilation_where_it_is_known_to_do_good(monkeypatch, flags, plat
     monkeypatch.setattr(compilation.importlib.util, "find_spec", lambda name: object() if plugin else None)
     compile_lightly()
     assert os.environ["XLA_FLAGS"] == want
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "want"),
+    [
+        ("0.0.42.1", "", "--xla_msa_enable_while_redundant_eviction_elimination=false"),
+        ("0.0.42.1", "--mine=1", "--mine=1 --xla_msa_enable_while_redundant_eviction_elimination=false"),
+        ("0.0.42.1", "--xla_msa_enable_while_redundant_eviction_elimination=true", None),
+        ("0.0.43", "--mine=1", None),  # a flag that libtpu does not know ends the process
+        (None, "", None),
+    ],
+)
+def test_the_tpu_compiler_is_told_where_the_flag_is_known(monkeypatch, version, given, want):
+    def installed(name):
+        if version is None:
+            raise compilation.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
+    monkeypatch.setattr(compilation.importlib.metadata, "version", installed)
+    leave_constants_in_place()
+    assert os.environ["LIBTPU_INIT_ARGS"] == (given if want is None else want)
