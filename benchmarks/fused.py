@@ -59,24 +59,30 @@ def runner(path: str, overrides: list[str], directory: str, *, fused: bool) -> C
     return go
 
 
-def main(arguments: list[str]) -> None:
-    path = arguments.pop(0) if arguments and "=" not in arguments[0] else CONFIG
+def rates(path: str, overrides: list[str]) -> dict[str, list[float]]:
+    """Steps a second in each block, part by part and fused."""
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         goers = {
-            "part by part": runner(path, arguments, one, fused=False),
-            "fused": runner(path, arguments, other, fused=True),
+            "part by part": runner(path, overrides, one, fused=False),
+            "fused": runner(path, overrides, other, fused=True),
         }
         start = time.perf_counter()
         goers["part by part"](8)
         steps = max(8, int(SECONDS * 8 / (time.perf_counter() - start)))
-        rates: dict[str, list[float]] = {name: [] for name in goers}
+        found: dict[str, list[float]] = {name: [] for name in goers}
         for _ in range(BLOCKS):
             for name, go in goers.items():
                 start = time.perf_counter()
                 go(steps)
-                rates[name].append(steps / (time.perf_counter() - start))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name, values in rates.items():
+                found[name].append(steps / (time.perf_counter() - start))
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    path = arguments.pop(0) if arguments and "=" not in arguments[0] else CONFIG
+    found = rates(path, arguments)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    for name, values in found.items():
         print(f"{name:14s} {medians[name]:8.2f} steps/s  (blocks {min(values):.2f} to {max(values):.2f})")
     print(f"{'ratio':14s} {medians['fused'] / medians['part by part']:8.2f}")
 

@@ -13,6 +13,7 @@ from benchmarks.peers import measure
 
 STARTED = measure.process_start()
 
+import statistics  # noqa: E402
 from argparse import Namespace  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -21,11 +22,11 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from benchmarks import fused as steps  # noqa: E402
 from benchmarks.peers import accelerator, limits, ours, workload  # noqa: E402
 from benchmarks.peers.workload import shape_of  # noqa: E402
 from grpo_jax import Experiment  # noqa: E402
 from grpo_jax.training.batches import put  # noqa: E402
-from grpo_jax.training.configuration import load_config  # noqa: E402
 from grpo_jax.training.loop import iterate  # noqa: E402
 from grpo_jax.types import Request, Rollout  # noqa: E402
 
@@ -162,29 +163,12 @@ def trainer_logps(run: Experiment, rows: Rollout) -> np.ndarray:
 
 
 def fused(asked: Namespace) -> dict[str, Any]:
-    """Iterations per second of the quickstart task with a reward in JAX: as one program, and part by part."""
-    return {"fused_per_s": quickstart_rate(fused=True), "unfused_per_s": quickstart_rate(fused=False)}
-
-
-def quickstart_rate(*, fused: bool, steps: int = 240, block: int = 24) -> float:
-    """The median over blocks of steps, the first two left out; no warm-up, evaluations or checkpoints among them."""
-    config = load_config(
-        CONFIGS / "quickstart_fused.yaml",
-        [
-            f"steps={steps}",
-            "warmup=null",
-            "evaluation.every=0",
-            "evaluation.at_least=null",
-            "checkpoint.every=0",
-            "metrics.console=false",
-            f"training.fused={str(fused).lower()}",
-            f"directory={ours.scratch()}",
-        ],
-    )
-    run = Experiment(config)
-    run.train(quiet=True)
-    seconds = np.array([r["seconds"] for r in ours.trained_records(run)])
-    return float(block / np.median(seconds.reshape(-1, block).sum(axis=1)[2:]))
+    """Steps per second of the quickstart task with a reward in JAX: as one program, and part by part, by turns."""
+    found = steps.rates(str(CONFIGS / "quickstart_fused.yaml"), [])
+    return {
+        "fused_per_s": statistics.median(found["fused"]),
+        "unfused_per_s": statistics.median(found["part by part"]),
+    }
 
 
 TASKS = {
