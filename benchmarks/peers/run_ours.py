@@ -26,6 +26,7 @@ from benchmarks import fused as steps  # noqa: E402
 from benchmarks.peers import accelerator, limits, ours, workload  # noqa: E402
 from benchmarks.peers.workload import shape_of  # noqa: E402
 from grpo_jax import Experiment  # noqa: E402
+from grpo_jax.losses import kl  # noqa: E402
 from grpo_jax.training.batches import put  # noqa: E402
 from grpo_jax.training.loop import iterate  # noqa: E402
 from grpo_jax.types import Request, Rollout  # noqa: E402
@@ -132,7 +133,7 @@ def ragged(asked: Namespace) -> dict[str, Any]:
 
 def gap(asked: Namespace) -> dict[str, Any]:
     """max |sampler - trainer| of the log-probs of all rows drawn, and the same between shapes of the trainer's own
-    micro-batch: a group, a single row, all groups at once."""
+    micro-batch: a group, a single row, all groups at once. Also KL(sampler || trainer)."""
     shape = shape_of("gap", asked.opt)
     run = ours.experiment(asked, shape)
     prompts = ours.prompts_of(run, shape.prompts)
@@ -148,6 +149,7 @@ def gap(asked: Namespace) -> dict[str, Any]:
         "shape": shape,
         "gap_max": float(difference.max()),
         "gap_mean": float(difference.mean()),
+        "gap_kl": float(np.mean(kl.k3(rows.sampler_logps, grouped))),
         "between_shapes_max": float(between.max()),
         "between_shapes_mean": float(between.mean()),
         "rows_with_pad_or_eos": int(special.sum()),
