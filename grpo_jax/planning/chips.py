@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from grpo_jax.training.compilation import leave_constants_in_place
+from grpo_jax.training.compilation import installed, leave_constants_in_place
 
 GIB = 2**30
 
@@ -105,7 +105,7 @@ def open_slice(name: str, slices: int = 1) -> Slice:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{_sides(shape)}", **options)
     except Exception as error:
-        version = _libtpu()
+        version = installed("libtpu")
         raise ValueError(
             f"libtpu {version} does not compile for {chip.name}:{_sides(shape)}: {str(error).splitlines()[0]}. Another "
             "version may (pip install -U 'grpo_jax[tpu]'), or another slice"
@@ -115,12 +115,6 @@ def open_slice(name: str, slices: int = 1) -> Slice:
 
 def _sides(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def _libtpu() -> str:
-    from importlib.metadata import version
-
-    return version("libtpu")
 
 
 def _without_machine(chip: Chip, chips: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import os
@@ -20,6 +19,7 @@ import numpy as np
 import grpo_jax
 from grpo_jax import processes
 from grpo_jax.processes import Disagreement
+from grpo_jax.training.compilation import installed
 from grpo_jax.types import Prompt, Request, Rollout
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "numpy", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors")
@@ -74,7 +74,7 @@ def of_configuration(values: Mapping[str, Any], functions: Iterable[Any] = ()) -
     """Every key of the configuration, the code, and the versions of what computes. Looks for no devices."""
     facts = {"the code of grpo_jax": f"{grpo_jax.__version__}, {_of_folder(Path(grpo_jax.__file__).parent)}"}
     facts["Python"] = platform.python_version()
-    facts |= {package: _version(package) for package in PACKAGES}
+    facts |= {package: installed(package) for package in PACKAGES}
     facts |= {name: os.environ.get(name, "not set") for name in VARIABLES}
     facts |= {name: str(getattr(jax.config, name)) for name in SETTINGS}
     for key, value in _flat(values, ""):
@@ -190,13 +190,6 @@ def _of_weights(folder: Path) -> str:
                 opened.seek(place)
                 facts += [file.name, size, opened.read(PROBED)]
     return _digest(facts)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _source(function: Any) -> str:

@@ -73,12 +73,16 @@ def leave_constants_in_place() -> None:
     LIBTPU_INIT_ARGS says otherwise already.
     """
     flag, given = "xla_msa_enable_while_redundant_eviction_elimination", os.environ.get("LIBTPU_INIT_ARGS", "")
-    try:
-        version = importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    if version.startswith("0.0.42") and flag not in given:
+    if installed("libtpu").startswith("0.0.42") and flag not in given:
         os.environ["LIBTPU_INIT_ARGS"] = f"{given} --{flag}=false".strip()
+
+
+def installed(package: str) -> str:
+    """The version of a package, or "not installed"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 class Explanations(logging.Filter):
