@@ -38,12 +38,21 @@ def peak_gib() -> float:
 
 def timed(call: Callable[[], Any], repetitions: int, tokens: int) -> dict[str, float]:
     """One call that may compile, then `repetitions` that are counted; tokens of one call."""
-    seconds = []
+    return by_turns([call], repetitions, tokens)[0]
+
+
+def by_turns(calls: Sequence[Callable[[], Any]], repetitions: int, tokens: int) -> list[dict[str, float]]:
+    """The same of several calls, one after the other in every repetition: what else the machine does hits all alike."""
+    seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(repetitions + 1):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    first, rest = seconds[0], seconds[1:]
+        for call, taken in zip(calls, seconds):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return [_rate(first, rest, tokens) for first, *rest in seconds]
+
+
+def _rate(first: float, rest: list[float], tokens: int) -> dict[str, float]:
     median = statistics.median(rest)
     return {
         "tokens_per_s": tokens / median,
@@ -51,7 +60,7 @@ def timed(call: Callable[[], Any], repetitions: int, tokens: int) -> dict[str, f
         "min_s": min(rest),
         "max_s": max(rest),
         "first_s": first,
-        "repetitions": repetitions,
+        "repetitions": len(rest),
     }
 
 

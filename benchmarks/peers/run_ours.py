@@ -113,16 +113,15 @@ def recompile(asked: Namespace) -> dict[str, Any]:
 
 
 def ragged(asked: Namespace) -> dict[str, Any]:
-    """Tokens per second of log-normal lengths, and of as many tokens in as many rows of one length (in a run set up
-    for that length)."""
+    """Tokens per second of log-normal lengths, and by turns of as many tokens in as many rows of one length (in a run
+    set up for that length)."""
     shape = shape_of("ragged", asked.opt)
     lengths = workload.ragged_lengths(shape.rows, shape.new)
     tokens = int(lengths.sum())
     even = workload.even_lengths(lengths)
-    draw = drawer(asked, shape)
-    uneven = measure.timed(lambda: draw(lengths), asked.repetitions, tokens)
-    draw_even = drawer(asked, shape._replace(new=int(even.max())))
-    uniform = measure.timed(lambda: draw_even(even), asked.repetitions, tokens)
+    draw, draw_even = drawer(asked, shape), drawer(asked, shape._replace(new=int(even.max())))
+    calls = (lambda: draw(lengths)), (lambda: draw_even(even))
+    uneven, uniform = measure.by_turns(calls, asked.repetitions, tokens)
     return uneven | {
         "shape": shape,
         "uniform_tokens_per_s": uniform["tokens_per_s"],

@@ -6,6 +6,7 @@ smaller grid is wide takes several slots of it, one with none takes none.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from grpo_jax.types import PyTree
 
-HALVINGS = 5
+GRIDS = 10  # at most: each is the decode step compiled once more
 FEWEST_ROWS = 8  # on one device; fewer cost as much
 FEWEST_DECISIONS = 256  # the tail of shorter rows does not pay for compiling the step again for every grid
 
@@ -31,20 +32,25 @@ class Grid(NamedTuple):
         return jnp.all(_slots(active, self).sum(axis=1) <= self.contexts // self.shards)
 
 
-def ladder(contexts: int, width: int, decisions: int, *, context: int = 0, shards: int = 1) -> list[Grid]:
-    """Grids from the whole one down, each of half the rows of the one before.
+def ladder(
+    contexts: int, width: int, decisions: int, *, context: int = 0, shards: int = 1, ratio: float = 2.0
+) -> list[Grid]:
+    """Grids from the whole one down to a few rows, the rows of each in the same ratio to those of the next.
 
+    ratio: at least; halves are enough where a step takes as long as reading the weights does, whatever the rows.
     context: tokens of a context. Narrow slots are filled best, as contexts lose their rows unevenly; but each holds its
-    context's keys and values, and they may come to a quarter of those of the rows' own tokens.
+    context's keys and values. There are no more slots than contexts at first, or than take a quarter of the memory of
+    the rows' own tokens.
     """
-    grids = [Grid(contexts, width, shards)]
-    while decisions >= FEWEST_DECISIONS and len(grids) <= HALVINGS:
-        c, g, _ = grids[-1]
-        rows = -(-c * g // (2 * shards)) * shards
-        if rows < FEWEST_ROWS * shards:
-            break
-        width = max(1, min(-(-g // 2), max(rows // (4 * contexts), 4 * context // decisions)))
-        grids.append(Grid(-(-rows // (width * shards)) * shards, width, shards))
+    grids, rows = [Grid(contexts, width, shards)], contexts * width / shards
+    ratio = max(ratio, (rows / FEWEST_ROWS) ** (1 / (GRIDS - 1)))
+    while decisions >= FEWEST_DECISIONS and (rows := rows / ratio) > FEWEST_ROWS * 0.999:
+        each = rows * shards / contexts
+        while width > max(1, each / 4, min(each, 4 * context / decisions)):
+            width = -(-width // 2)
+        grid, last = Grid(math.ceil(rows / width) * shards, width, shards), grids[-1]
+        if grid.contexts * grid.width < 0.9 * last.contexts * last.width:  # not so where few wide slots round up
+            grids.append(grid)
     return grids
 
 

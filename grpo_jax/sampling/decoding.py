@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.losses import chunked_logps
 from grpo_jax.models import KeysValues, merge, softcap
+from grpo_jax.models.kernels import on_cpu
 from grpo_jax.sampling.choice import Chosen, choose, restrict
 from grpo_jax.sampling.compaction import Grid, Regrouped, ladder, put_back, regroup
 from grpo_jax.types import Key, PyTree
@@ -58,8 +59,8 @@ def draw(
 ) -> Drawn:
     """Fill every cell up to a stop or its budget.
 
-    The token at (prompt, index, t) is drawn with the key folded from those three, whatever cell it sits in. When half
-    of the rows are finished, the others go on in half as many cells, each device's among themselves.
+    The token at (prompt, index, t) is drawn with the key folded from those three, whatever cell it sits in. As rows
+    finish, the others go on in fewer and fewer cells, each device's among themselves.
 
     restricts: which of "top_k", "top_p", "min_p" and "min_new" any row has (static; what none has costs nothing).
     has_given: whether any row has given decisions (static; they are scored in one parallel pass).
@@ -71,7 +72,8 @@ def draw(
     table = _Table(cells, prefix, jnp.arange(c * g, dtype=jnp.int32).reshape(c, g))
     loop = _begin(model, table, has_given)
     results = jax.tree.map(lambda x: x.reshape(c * g, *x.shape[2:]), loop.drawn)
-    grids = ladder(c, g, t_max, context=cells.contexts.shape[1], shards=shards)
+    options = {"context": cells.contexts.shape[1], "shards": shards}
+    grids = ladder(c, g, t_max, **options, ratio=1.5 if on_cpu() else 2.0)
     for grid, smaller in zip(grids, [*grids[1:], None]):
         if grid is not grids[0]:
             results = put_back(results, loop.drawn, table.rows)

@@ -10,9 +10,9 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.models.kernels.placement import attention_path, on_tpu, per_device
+from grpo_jax.models.kernels.placement import attention_path, on_cpu, on_tpu, per_device
 
-__all__ = ["attend_newest", "attend_sequence", "attention_path", "on_tpu"]
+__all__ = ["attend_newest", "attend_sequence", "attention_path", "on_cpu", "on_tpu"]
 
 
 def attend_newest(

@@ -24,6 +24,12 @@ def on_tpu() -> bool:
     return device.device_kind.startswith("TPU") if device else jax.default_backend() == "tpu"
 
 
+def on_cpu() -> bool:
+    """Whether what is being traced is for CPUs, as `on_tpu` says it of TPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind == "cpu" if device else jax.default_backend() == "cpu"
+
+
 def attention_path(config: TransformerConfig, mesh: Mesh) -> str:
     """How attention is computed on this mesh, and why not by kernels where it is not: a line for the log."""
     plain, platform = "matrix products, a block of queries at a time", mesh.devices.flat[0].platform
