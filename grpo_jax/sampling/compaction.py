@@ -39,14 +39,15 @@ def ladder(
 
     ratio: at least; halves are enough where a step takes as long as reading the weights does, whatever the rows.
     context: tokens of a context. Narrow slots are filled best, as contexts lose their rows unevenly; but each holds its
-    context's keys and values. There are no more slots than contexts at first, or than take a quarter of the memory of
-    the rows' own tokens.
+    context's keys and values. There are about four slots for every context, or fewer, down to one, where the copies
+    would take more than a quarter of the memory of the first smaller grid's own tokens.
     """
     grids, rows = [Grid(contexts, width, shards)], contexts * width / shards
     ratio = max(ratio, (rows / FEWEST_ROWS) ** (1 / (GRIDS - 1)))
-    while decisions >= FEWEST_DECISIONS and (rows := rows / ratio) > FEWEST_ROWS * 0.999:
-        each = rows * shards / contexts
-        while width > max(1, each / 4, min(each, 4 * context / decisions)):
+    room = rows / ratio * shards * decisions / (4 * max(context, 1))
+    slots = min(4 * contexts, max(contexts, room)) / shards
+    while decisions >= FEWEST_DECISIONS and round(rows := rows / ratio) >= FEWEST_ROWS:
+        while width > max(1, rows / slots):
             width = -(-width // 2)
         grid, last = Grid(math.ceil(rows / width) * shards, width, shards), grids[-1]
         if grid.contexts * grid.width < 0.9 * last.contexts * last.width:  # not so where few wide slots round up

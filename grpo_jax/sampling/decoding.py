@@ -72,8 +72,7 @@ def draw(
     table = _Table(cells, prefix, jnp.arange(c * g, dtype=jnp.int32).reshape(c, g))
     loop = _begin(model, table, has_given)
     results = jax.tree.map(lambda x: x.reshape(c * g, *x.shape[2:]), loop.drawn)
-    options = {"context": cells.contexts.shape[1], "shards": shards}
-    grids = ladder(c, g, t_max, **options, ratio=1.5 if on_cpu() else 2.0)
+    grids = ladder(c, g, t_max, context=cells.contexts.shape[1], shards=shards, ratio=1.5 if on_cpu() else 2.0)
     for grid, smaller in zip(grids, [*grids[1:], None]):
         if grid is not grids[0]:
             results = put_back(results, loop.drawn, table.rows)

@@ -28,10 +28,11 @@ def test_the_ladder_narrows_slots_and_ends_in_time():
     sizes = lambda *a, **k: [g[:2] for g in ladder(*a, **k)]  # noqa: E731
     assert sizes(8, 8, 512) == [(8, 8), (32, 1), (16, 1), (8, 1)]
     assert sizes(8, 8, 512, ratio=1.5) == [(8, 8), (43, 1), (29, 1), (19, 1), (13, 1), (9, 1)]
-    assert sizes(16, 16, 512, context=512) == [(16, 16), (32, 4), (16, 4), (16, 2), (16, 1), (8, 1)]
+    assert sizes(16, 16, 512) == [(16, 16), (64, 2), (64, 1), (32, 1), (16, 1), (8, 1)]
+    assert sizes(16, 16, 512, context=512) == [(16, 16), (32, 4), (32, 2), (32, 1), (16, 1), (8, 1)]
     assert sizes(16, 16, 512, context=4096) == [(16, 16), (16, 8), (16, 4), (16, 2), (16, 1), (8, 1)]
-    assert sizes(1, 64, 512, context=4096, ratio=1.5) == [(1, 64), (2, 16), (2, 8)]
-    assert sizes(3, 2, 512) == [(3, 2)]
+    assert sizes(1, 64, 512, context=4096, ratio=1.5) == [(1, 64), (2, 16), (3, 8), (2, 8), (3, 4)]
+    assert sizes(3, 4, 512) == [(3, 4)]
     assert sizes(16, 8, 128) == [(16, 8)]  # short rows: nothing to gain
     assert sizes(12, 8, 512, shards=4) == [(12, 8), (48, 1)]
 
@@ -39,13 +40,13 @@ def test_the_ladder_narrows_slots_and_ends_in_time():
 @pytest.mark.parametrize("ratio", [1.5, 2.0])
 @pytest.mark.parametrize("asked", [(8, 8), (64, 4), (64, 64), (512, 64)])
 def test_the_ladder_gets_to_few_rows_in_few_grids(asked, ratio):
-    grids = ladder(*asked, 4096, shards=4, context=1024, ratio=ratio)
+    grids = ladder(*asked, 4096, shards=4, context=8192, ratio=ratio)
     rows = [g.contexts * g.width for g in grids]
     assert len(rows) <= compaction.GRIDS and all(a > b for a, b in zip(rows, rows[1:]))
     assert all(g.contexts % 4 == 0 for g in grids)
     assert rows[-1] <= 4 * ratio * 8, "the last rows do not drag many empty cells along"
-    held = [max(asked[0], g * w / 4 * 4096 / 1024) for g, w, _ in grids]
-    assert all(g.contexts <= most + 4 for g, most in zip(grids, held)), "copies of contexts take a quarter at most"
+    room = max(asked[0], asked[0] * asked[1] / 4 * 4096 / 8192)
+    assert all(g.contexts < 2 * room for g in grids), "copies of contexts take their share of memory and no more"
 
 
 @settings(max_examples=25, deadline=None)

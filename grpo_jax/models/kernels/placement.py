@@ -20,14 +20,19 @@ LETTERS = {"C": "contexts", "S": "cells", "T": "tokens", "H": "heads"}
 
 def on_tpu() -> bool:
     """Whether what is being traced is for TPU: as the mesh in context says (`jax.set_mesh`), or the default backend."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind.startswith("TPU") if device else jax.default_backend() == "tpu"
+    return _platform() == "tpu"
 
 
 def on_cpu() -> bool:
-    """Whether what is being traced is for CPUs, as `on_tpu` says it of TPU."""
+    """The same of CPUs."""
+    return _platform() == "cpu"
+
+
+def _platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind == "cpu" if device else jax.default_backend() == "cpu"
+    if device is None:
+        return jax.default_backend()
+    return "tpu" if device.device_kind.startswith("TPU") else device.device_kind
 
 
 def attention_path(config: TransformerConfig, mesh: Mesh) -> str:
