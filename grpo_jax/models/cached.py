@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,19 +10,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import MASKED, softcap
-from grpo_jax.models.kernels import attend_newest, on_tpu
-
-STAGES = 4  # widths at which a row's own keys and values are read: an eighth more than is filled, on average
+from grpo_jax.models.kernels import attend_newest, on_cpu, on_tpu
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of all layers: of contexts [L, C, ...], or of the rows' own tokens [L, C, G, ...].
+    """Keys and values of all layers: of contexts [L, C, ...], or of the rows' own tokens in B blocks [L, B, C, G, ...].
 
     Heads come before tokens, and keys have their tokens last: both products of attention then read them as they lie.
+    Blocks come before rows: one of them is read as it lies, too. Column t is the t % T-th of block t // T.
     """
 
-    keys: Float[Array, "L C *rows Hkv D T"]
-    values: Float[Array, "L C *rows Hkv T D"]
+    keys: Float[Array, "L *cells Hkv D T"]
+    values: Float[Array, "L *cells Hkv T D"]
+
+
+def block_columns(columns: int) -> int:
+    """Columns of one block of own tokens, given how many there are in all."""
+    if on_tpu():  # its kernel reads what is filled
+        return columns
+    return min(columns, 32 if on_cpu() else -(-columns // 512) * 128)
 
 
 def arranged(keys: Float[Array, "*rows T Hkv D"], values: Float[Array, "*rows T Hkv D"]) -> tuple[Array, Array]:
@@ -37,12 +44,21 @@ def written(
     column: Int[Array, ""] | int,
 ) -> KeysValues:
     """The cache with new tokens of one layer in columns column..column+S-1: nothing else of it is touched."""
-    zero = jnp.zeros((), jnp.int32)
-    keys, values = (x.astype(own.keys.dtype)[None] for x in arranged(keys, values))
-    return KeysValues(
-        jax.lax.dynamic_update_slice(own.keys, keys, (layer, zero, zero, zero, zero, column)),
-        jax.lax.dynamic_update_slice(own.values, values, (layer, zero, zero, zero, column, zero)),
-    )
+    blocks, T, S = own.keys.shape[1], own.keys.shape[-1], keys.shape[2]
+
+    def put(kept: Array, new: Array, axis: int) -> Array:
+        new = new.astype(kept.dtype)
+        if S == 1 or blocks == 1:
+            at = [layer, column // T, 0, 0, 0, 0, 0]
+            at[axis] = column % T
+            return jax.lax.dynamic_update_slice(kept, new[None, None], [jnp.asarray(i, jnp.int32) for i in at])
+        old = jnp.moveaxis(jax.lax.dynamic_index_in_dim(kept, layer, keepdims=False), 0, axis - 1)
+        joined = old.reshape(*new.shape[:axis], blocks * T, *new.shape[axis:][1:])
+        joined = jax.lax.dynamic_update_slice_in_dim(joined, new, column, axis)
+        return jax.lax.dynamic_update_index_in_dim(kept, jnp.moveaxis(joined.reshape(old.shape), axis - 1, 0), layer, 0)
+
+    keys, values = arranged(keys, values)
+    return KeysValues(put(own.keys, keys, -1), put(own.values, values, -2))
 
 
 def attend_cached(
@@ -62,73 +78,69 @@ def attend_cached(
 
     out = Σ_k w_k v_k / Σ_k w_k,  w_k = exp(cap(scale q·k)) where position_q - window < position_k ≤ position_q, else 0
 
-    prefix, own: all layers, of which `layer` is read; own up to column `filled` and not much further. Own column j
-    stands at position prefix_lengths[c] + j, and every query sees at least its own. The context is one matrix product
-    over the group; softmax is float32, joined by the common maximum. On TPU a kernel reads what is filled.
+    prefix, own: all layers, of which `layer` is read; of own those blocks that begin below column `filled`. Own column
+    j stands at position prefix_lengths[c] + j, and every query sees at least its own. The context is one matrix product
+    over the group; softmax is float32, of all keys together. On TPU a kernel reads what is filled.
     """
     C, G, S, H, D = queries.shape
     if S == 1 and on_tpu():
-        far, near = ((jnp.swapaxes(kept.keys, -1, -2), kept.values) for kept in (prefix, own))
+        near, far = KeysValues(*(x[:, 0] for x in own)), prefix
+        far, near = ((jnp.swapaxes(kept.keys, -1, -2), kept.values) for kept in (far, near))
         options = {"scale": scale, "softcap": cap, "window": window}
         return attend_newest(queries[:, :, 0], far, prefix_lengths, near, filled, layer, **options)[:, :, None]
-    kv_heads, width, T = prefix.keys.shape[2], prefix.keys.shape[-1], own.keys.shape[-1]
-    grouped = queries.reshape(C, G, S, kv_heads, H // kv_heads, D).transpose(0, 3, 1, 2, 4, 5)  # [C, Hkv, G, S, R, D]
-    here = positions[:, None, None, :, None, None]
+    (_, blocks, *_, T), P, kv_heads = own.keys.shape, prefix.keys.shape[-1], prefix.keys.shape[2]
+    by_row = jnp.swapaxes(queries.reshape(C, G, S, kv_heads, H // kv_heads, D), 2, 3)  # [C, G, Hkv, S, R, D]
+    here, start = positions[:, None, None, :, None, None], prefix_lengths[:, None, None, None, None, None]
 
-    def weigh(scores: Array, places: Int[Array, "C K"], there: Array) -> tuple[Array, Array, Array]:
-        scores = softcap(scores * scale, cap)
-        visible = there & (places <= here)
+    def masked(scores: Float[Array, "C *N K"], place: Int[Array, "#C *1 K"], there: Array | bool) -> Array:
+        visible = there & (place <= here)
         if window is not None:
-            visible &= places > here - window
-        scores = jnp.where(visible, scores, MASKED)
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)  # of a context that nothing of is seen the common maximum makes 0
-        return weights, top[..., 0], weights.sum(axis=-1)
+            visible &= place > here - window
+        return jnp.where(visible, softcap(scores * scale, cap), MASKED)
 
-    def shared() -> tuple[Array, Array, Array]:
-        keys, values = _layer(prefix, layer, width)
-        scores = jnp.einsum("ckgsrd,ckdp->ckgsrp", grouped, keys, preferred_element_type=jnp.float32)
-        place = jnp.arange(width, dtype=jnp.int32)
-        inside = (place < prefix_lengths[:, None])[:, None, None, None, None, :]
-        weights, top, mass = weigh(scores, place, inside)
-        return _mixed("ckgsrp,ckpd->ckgsrd", weights, values), top, mass
+    def context() -> _Heard:
+        keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in prefix)
+        place = jnp.arange(P, dtype=jnp.int32)
+        scores = _product("ckgsrd,ckdp->ckgsrp", jnp.swapaxes(by_row, 1, 2), keys)
+        scores = masked(scores, place, place < start)
+        top = jnp.max(scores, axis=-1)
+        weights = jnp.exp(scores - top[..., None])  # where nothing is seen, own columns make them 0
+        heard = _Heard(_product("ckgsrp,ckpd->ckgsrd", weights, values), top, weights.sum(axis=-1))
+        return _Heard(*(jnp.swapaxes(x, 1, 2) for x in heard))
 
-    def mine(columns: int) -> tuple[Array, Array, Array]:
-        keys, values = _layer(own, layer, columns)
-        query = jnp.swapaxes(grouped, 1, 2)
-        scores = jnp.einsum("cgksrd,cgkdt->cgksrt", query, keys, preferred_element_type=jnp.float32)
-        place = prefix_lengths[:, None, None, None, None, None] + jnp.arange(columns, dtype=jnp.int32)
-        weights, top, mass = weigh(scores, place, jnp.asarray(True))
-        mixed = _mixed("cgksrt,cgktd->cgksrd", weights, values)
-        return tuple(jnp.swapaxes(x, 1, 2) for x in (mixed, top, mass))
+    def add(block: Array | int, heard: _Heard) -> _Heard:
+        cut = lambda x: jax.lax.dynamic_slice(x, (layer, block, *[0] * (x.ndim - 2)), (1, 1, *x.shape[2:]))  # noqa: E731
+        keys, values = (cut(x)[0, 0] for x in own)
+        place = start + block * T + jnp.arange(T, dtype=jnp.int32)
+        scores = masked(_product("cgksrd,cgkdt->cgksrt", by_row, keys), place, True)
+        top = jnp.maximum(heard.top, jnp.max(scores, axis=-1))
+        shrunk, weights = jnp.exp(heard.top - top), jnp.exp(scores - top[..., None])
+        total = heard.total * shrunk[..., None] + _product("cgksrt,cgktd->cgksrd", weights, values)
+        return _Heard(total, top, heard.mass * shrunk + weights.sum(axis=-1))
 
-    widths = _widths(T)
-    stage = sum((jnp.asarray(filled) > w).astype(jnp.int32) for w in widths[:-1])
-    branches = [lambda w=w: mine(w) for w in widths]
-    mixed, top, mass = branches[0]() if len(widths) == 1 else jax.lax.switch(stage, branches)
-    if width:
-        also, other, more = shared()
-        highest = jnp.maximum(top, other)
-        one, two = jnp.exp(top - highest), jnp.exp(other - highest)
-        mixed, mass = mixed * one[..., None] + also * two[..., None], mass * one + more * two
-    out = (mixed / mass[..., None]).astype(queries.dtype)
-    return out.transpose(0, 2, 3, 1, 4, 5).reshape(C, G, S, H, D)
-
-
-def _mixed(product: str, weights: Array, values: Array) -> Array:
-    return jnp.einsum(product, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-
-
-def _layer(kept: KeysValues, layer: Array | int, columns: int) -> tuple[Array, Array]:
-    """The first tokens of one layer."""
-    keys, values = kept
-    key_sizes = (1, *keys.shape[1:-1], columns)
-    value_sizes = (1, *values.shape[1:-2], columns, values.shape[-1])
-    cut = lambda x, sizes: jax.lax.dynamic_slice(x, (layer, *[0] * (x.ndim - 1)), sizes)[0]  # noqa: E731
-    return cut(keys, key_sizes), cut(values, value_sizes)
+    if P:
+        heard = context()
+    else:
+        heard = _Heard(*(jnp.full(by_row.shape[:n], x, jnp.float32) for n, x in ((6, 0.0), (5, MASKED), (5, 0.0))))
+    turns = -(-filled // T)
+    if blocks == 1:
+        heard = add(0, heard)
+    elif on_cpu():
+        heard = jax.lax.fori_loop(0, turns, add, heard)
+    else:  # a GPU's host would be asked before every turn of a loop whose turns it does not know
+        known = [partial(jax.lax.fori_loop, 0, n, add) for n in range(1, blocks + 1)]
+        heard = jax.lax.switch(turns - 1, known, heard)
+    out = heard.total / heard.mass[..., None]
+    return jnp.swapaxes(out.astype(queries.dtype), 2, 3).reshape(queries.shape)
 
 
-def _widths(T: int) -> list[int]:
-    """The widths of the stages, in whole steps of 128 columns; one stage where there are no more."""
-    step = -(-T // (STAGES * 128)) * 128
-    return [min(w, T) for w in range(step, T + step, step)]
+class _Heard(NamedTuple):
+    """Of every query, after some keys: Σ w v, the highest score, Σ w; with w = exp(score - highest score)."""
+
+    total: Float[Array, "C G Hkv S R D"]
+    top: Float[Array, "C G Hkv S R"]
+    mass: Float[Array, "C G Hkv S R"]
+
+
+def _product(letters: str, one: Array, other: Array) -> Float[Array, "..."]:
+    return jnp.einsum(letters, one.astype(other.dtype), other, preferred_element_type=jnp.float32)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import NOWHERE, rotary_frequencies
 from grpo_jax.models.blocked import KEPT
-from grpo_jax.models.cached import KeysValues, arranged, attend_cached, written
+from grpo_jax.models.cached import KeysValues, arranged, attend_cached, block_columns, written
 from grpo_jax.models.config import TransformerConfig
 from grpo_jax.models.kernels import attend_sequence, on_tpu
 from grpo_jax.models.layers import Layer, Weights, gathered, norm
@@ -81,7 +81,7 @@ class Transformer(nnx.Module):
         Column j stands at position prefix_lengths[c] + j and sees the prefix and the row's own columns up to j.
         Returns the hidden states after the final norm, and the cache with the new columns written.
         """
-        S, T = tokens.shape[2], own.values.shape[-2]
+        S, T = tokens.shape[2], own.keys.shape[1] * own.keys.shape[-1]
         if S > T:
             raise ValueError(f"decode got {S} tokens per row for an own cache of {T} columns")
         column = jnp.asarray(column, jnp.int32)
@@ -151,11 +151,11 @@ class Transformer(nnx.Module):
         return norm(parted(x, P, G, cut)[1], self.norm, self.config)
 
     def empty(self, C: int, G: int, T: int, dtype: Any) -> KeysValues:
-        """An own cache of zeros for C contexts of G rows of T columns."""
-        rows = (self.config.num_layers, C, G, self.config.num_kv_heads)
-        size = self.config.head_dim
-        nothing = (jnp.zeros((*rows, *last), dtype) for last in ((size, T), (T, size)))
-        return KeysValues(*(divided(x, "layers cells whole kv_heads") for x in nothing))
+        """An own cache of zeros for C contexts of G rows of at least T columns."""
+        width, size = block_columns(T), self.config.head_dim
+        blocks = (self.config.num_layers, -(-T // width), C, G, self.config.num_kv_heads)
+        nothing = (jnp.zeros((*blocks, *last), dtype) for last in ((size, width), (width, size)))
+        return KeysValues(*(divided(x, "layers whole cells whole kv_heads") for x in nothing))
 
     def head(self) -> Float[Array, "E V"]:
         """The matrix from hidden states to logits; `softcap(logits, config.final_softcap)` is left to the caller."""

@@ -1,7 +1,7 @@
 """Rows that finish make room: the cells of the rows still being drawn, drawn together into fewer cells, in jit.
 
 Cells lie [C, G], the rows of one context side by side, and so they stay: a context with more active rows than the
-smaller grid is wide takes several slots of it, one with none takes none.
+smaller grid is wide takes several slots of it, one with none takes none. `owners` [C] says whose each slot is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Int
 from grpo_jax.types import PyTree
 
 GRIDS = 10  # at most: each is the decode step compiled once more
-FEWEST_ROWS = 8  # on one device; fewer cost as much
 FEWEST_DECISIONS = 256  # the tail of shorter rows does not pay for compiling the step again for every grid
 
 
@@ -27,26 +26,28 @@ class Grid(NamedTuple):
     width: int
     shards: int = 1
 
-    def fits(self, active: Bool[Array, "C G"]) -> Bool[Array, ""]:
+    def fits(self, active: Bool[Array, "C G"], owners: Int[Array, " C"]) -> Bool[Array, ""]:
         """Whether the active rows of a larger grid fit into this one."""
-        return jnp.all(_slots(active, self).sum(axis=1) <= self.contexts // self.shards)
+        return jnp.all(_asked(active, owners, self).slots.sum(axis=1) <= self.contexts // self.shards)
 
 
 def ladder(
-    contexts: int, width: int, decisions: int, *, context: int = 0, shards: int = 1, ratio: float = 2.0
+    contexts: int, width: int, decisions: int, *, context: int = 0, shards: int = 1, by_rows: bool = False
 ) -> list[Grid]:
     """Grids from the whole one down to a few rows, the rows of each in the same ratio to those of the next.
 
-    ratio: at least; halves are enough where a step takes as long as reading the weights does, whatever the rows.
+    by_rows: a step takes as long as its rows do, down to four on a device. Else it takes as long as reading the weights
+    does, whatever the rows; halves are then enough, down to eight.
     context: tokens of a context. Narrow slots are filled best, as contexts lose their rows unevenly; but each holds its
     context's keys and values. There are about four slots for every context, or fewer, down to one, where the copies
     would take more than a quarter of the memory of the first smaller grid's own tokens.
     """
     grids, rows = [Grid(contexts, width, shards)], contexts * width / shards
-    ratio = max(ratio, (rows / FEWEST_ROWS) ** (1 / (GRIDS - 1)))
+    ratio, fewest = (1.5, 4) if by_rows else (2.0, 8)
+    ratio = max(ratio, (rows / fewest) ** (1 / (GRIDS - 1)))
     room = rows / ratio * shards * decisions / (4 * max(context, 1))
     slots = min(4 * contexts, max(contexts, room)) / shards
-    while decisions >= FEWEST_DECISIONS and round(rows := rows / ratio) >= FEWEST_ROWS:
+    while decisions >= FEWEST_DECISIONS and round(rows := rows / ratio) >= fewest:
         while width > max(1, rows / slots):
             width = -(-width // 2)
         grid, last = Grid(math.ceil(rows / width) * shards, width, shards), grids[-1]
@@ -74,13 +75,14 @@ class Regrouped(NamedTuple):
         return self.cells.reshape(self.grid.contexts, self.grid.width) >= 0
 
 
-def regroup(active: Bool[Array, "C G"], grid: Grid) -> Regrouped:
+def regroup(active: Bool[Array, "C G"], owners: Int[Array, " C"], grid: Grid) -> Regrouped:
     """Places for the active rows in a smaller grid into which they fit."""
     shards, (c, g) = grid.shards, active.shape
-    slots = _slots(active, grid)  # [S, C/S]
-    first = jnp.cumsum(slots, axis=1) - slots
+    asked = _asked(active, owners, grid)
+    first = jnp.cumsum(asked.slots, axis=1) - asked.slots
+    first = jnp.sum(asked.same * first[:, None], axis=2, where=asked.slots[:, None] > 0)
     by_shard = active.reshape(shards, c // shards, g)
-    rank = jnp.cumsum(by_shard, axis=2) - 1
+    rank = asked.earlier[..., None] + jnp.cumsum(by_shard, axis=2) - 1
     slot = first[..., None] + rank // grid.width
     size = grid.contexts // grid.shards
     at = jnp.where(by_shard, slot * grid.width + rank % grid.width, size * grid.width).reshape(shards, -1)
@@ -100,9 +102,20 @@ def put_back(whole: PyTree, parts: PyTree, rows: Int[Array, "C G"]) -> PyTree:
     return jax.tree.map(lambda w, p: w.at[rows.reshape(-1)].set(p.reshape(-1, *w.shape[1:]), mode="drop"), whole, parts)
 
 
-def _slots(active: Bool[Array, "C G"], grid: Grid) -> Int[Array, "S c"]:
-    """Slots of the grid's width that each context needs."""
-    return -(-active.sum(axis=1) // grid.width).reshape(grid.shards, -1)
+class _Asked(NamedTuple):
+    """What a smaller grid is asked for, by each slot of the larger one."""
+
+    same: Bool[Array, "S c c"]  # both are one context's
+    earlier: Int[Array, "S c"]  # active rows in the slots of the same context that come before
+    slots: Int[Array, "S c"]  # of the smaller grid: the context's first asks for all of them, the others for none
+
+
+def _asked(active: Bool[Array, "C G"], owners: Int[Array, " C"], grid: Grid) -> _Asked:
+    owners, rows = (x.reshape(grid.shards, -1) for x in (owners, active.sum(axis=1)))
+    same = owners[:, :, None] == owners[:, None, :]
+    before = jnp.tril(same, -1)
+    slots = -(-jnp.sum(same * rows[:, None], axis=2) // grid.width)
+    return _Asked(same, jnp.sum(before * rows[:, None], axis=2), jnp.where(before.any(axis=2), 0, slots))
 
 
 def _take(x: Array, index: Int[Array, "S n"], axis: int, ndim: int, shape: tuple[int, ...]) -> Array:

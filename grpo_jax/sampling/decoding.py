@@ -69,25 +69,27 @@ def draw(
     model = merge(graphdef, params)
     c, g, t_max = cells.given.shape
     prefix = model.prefill(cells.contexts, jnp.maximum(cells.context_lengths - 1, 0))
-    table = _Table(cells, prefix, jnp.arange(c * g, dtype=jnp.int32).reshape(c, g))
+    owners, rows = jnp.arange(c, dtype=jnp.int32), jnp.arange(c * g, dtype=jnp.int32).reshape(c, g)
+    table = _Table(cells, prefix, owners, rows)
     loop = _begin(model, table, has_given)
     results = jax.tree.map(lambda x: x.reshape(c * g, *x.shape[2:]), loop.drawn)
-    grids = ladder(c, g, t_max, context=cells.contexts.shape[1], shards=shards, ratio=1.5 if on_cpu() else 2.0)
+    grids = ladder(c, g, t_max, context=cells.contexts.shape[1], shards=shards, by_rows=on_cpu())
     for grid, smaller in zip(grids, [*grids[1:], None]):
         if grid is not grids[0]:
             results = put_back(results, loop.drawn, table.rows)
-            table, loop = _regrouped(table, loop, regroup(loop.active, grid))
+            table, loop = _regrouped(table, loop, regroup(loop.active, table.owners, grid))
         step = partial(_step, model, table, _row_keys(key, table.cells), restricts)
-        loop = jax.lax.while_loop(partial(_goes_on, t_max, smaller), step, loop)
+        loop = jax.lax.while_loop(partial(_goes_on, t_max, table.owners, smaller), step, loop)
     results = put_back(results, loop.drawn, table.rows)
     return jax.tree.map(lambda x: x.reshape(c, g, *x.shape[1:]), results)
 
 
 class _Table(NamedTuple):
-    """The rows in hand and what stays of them: a cell each, the prefix of its context, and its number among all."""
+    """The rows in hand and what stays of them: cells, prefixes, and the numbers of contexts and rows among all."""
 
     cells: Cells
     prefix: KeysValues
+    owners: Int[Array, " C"]
     rows: Int[Array, "C G"]
 
 
@@ -124,10 +126,10 @@ def _begin(model, table: _Table, has_given: bool) -> _Loop:
     return _Loop(start, own, wants_more, drawn)
 
 
-def _goes_on(t_max: int, smaller: Grid | None, loop: _Loop) -> Bool[Array, ""]:
+def _goes_on(t_max: int, owners: Int[Array, " C"], smaller: Grid | None, loop: _Loop) -> Bool[Array, ""]:
     """Until all rows are finished, or the active ones fit into the next smaller grid."""
     more = jnp.any(loop.active) & (loop.column < t_max)
-    return more if smaller is None else more & ~smaller.fits(loop.active)
+    return more if smaller is None else more & ~smaller.fits(loop.active, owners)
 
 
 def _step(model, table: _Table, row_keys: Key, restricts: Restricts, loop: _Loop) -> _Loop:
@@ -162,9 +164,10 @@ def _regrouped(table: _Table, loop: _Loop, places: Regrouped) -> tuple[_Table, _
     cells = table.cells._replace(**contexts, **rows)
     prefix = jax.tree.map(lambda x: places.of_contexts(x, axis=1), table.prefix)
     numbers = jnp.where(places.there(), places.rows(table.rows), jnp.iinfo(jnp.int32).max)
-    own = jax.tree.map(lambda x: places.rows(x, axis=1), loop.own)
+    own = jax.tree.map(lambda x: places.rows(x, axis=2), loop.own)
     drawn = jax.tree.map(places.rows, loop.drawn)
-    return _Table(cells, prefix, numbers), _Loop(loop.column, own, places.rows(loop.active) & places.there(), drawn)
+    active = places.rows(loop.active) & places.there()
+    return _Table(cells, prefix, places.of_contexts(table.owners), numbers), _Loop(loop.column, own, active, drawn)
 
 
 def _first_inputs(cells: Cells) -> Int[Array, "C G 1"]:

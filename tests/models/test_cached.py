@@ -36,8 +36,16 @@ def plain(queries, prefix, own, column, scale, cap, window):
     return out
 
 
-def attended(queries, prefix, own, column, scale=0.4, cap=None, window=None):
-    kept = KeysValues(*arranged(*prefix)), KeysValues(*arranged(*own))
+def in_blocks(own, width):
+    """Own keys and values as they are kept, `width` columns a block; 7 in columns beyond the last."""
+    more = -own[0].shape[3] % width
+    own = (np.pad(x, [(0, 0)] * 3 + [(0, more)] + [(0, 0)] * 2, constant_values=7.0) for x in own)
+    blocks = [arranged(*pair) for pair in zip(*(np.split(x, x.shape[3] // width, axis=3) for x in own))]
+    return KeysValues(*(np.stack(x, axis=1) for x in zip(*blocks)))
+
+
+def attended(queries, prefix, own, column, scale=0.4, cap=None, window=None, *, width=8):
+    kept = KeysValues(*arranged(*prefix)), in_blocks(own, width)
     positions = (LENGTHS[:, None] + column + np.arange(queries.shape[2])).astype(np.int32)
     call = lambda q, far, near, at: attend_cached(  # noqa: E731
         q, positions, far, LENGTHS, near, LAYER, at + q.shape[2], scale=scale, cap=cap, window=window
@@ -53,19 +61,18 @@ def test_one_softmax_over_all_keys(S, column, cap, window):
     np.testing.assert_allclose(attended(queries, prefix, own, column, 0.4, cap, window), want, atol=3e-6)
 
 
-@pytest.mark.parametrize("column", [0, 127, 128, 250, 299])
-def test_stages_read_all_that_is_filled(column):
-    queries, prefix, own = inputs(1, 300)
-    assert cached._widths(300) == [128, 256, 300]
-    want = plain(queries, prefix, own, column, 0.4, None, None)
-    np.testing.assert_allclose(attended(queries, prefix, own, column), want, atol=3e-6)
-
-
-def test_a_stage_does_not_read_on():
-    queries, prefix, own = inputs(1, 300)
-    for x in own:
-        x[:, :, :, 128:] = np.nan
-    assert np.isfinite(attended(queries, prefix, own, 100)).all()
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["a loop", "a switch"])
+@pytest.mark.parametrize("S, column", [(1, 0), (1, 31), (1, 32), (1, 69), (40, 20)])
+def test_blocks_are_read_as_far_as_they_are_filled(S, column, on_cpu, monkeypatch):
+    monkeypatch.setattr(cached, "on_cpu", lambda: on_cpu)
+    queries, prefix, own = inputs(S, 70)
+    assert cached.block_columns(1600) == (32 if on_cpu else 512)
+    for x in own:  # blocks that nothing is in yet
+        x[:, :, :, (column + S + 31) // 32 * 32 :] = np.nan
+    for window in (None, 33):
+        want = plain(queries, prefix, own, column, 0.4, None, window)
+        got = attended(queries, prefix, own, column, window=window, width=32)
+        np.testing.assert_allclose(got, want, atol=3e-6)
 
 
 def test_scores_far_apart_between_the_parts_stay_exact():
@@ -75,10 +82,12 @@ def test_scores_far_apart_between_the_parts_stay_exact():
     np.testing.assert_allclose(attended(queries, prefix, own, 3, 1.0), want, atol=1e-4)
 
 
-def test_a_write_touches_its_columns_of_its_layer_alone():
-    _, _, own = inputs(1, 7)
-    _, _, new = inputs(1, 2, seed=1)
-    got = written(KeysValues(*arranged(*own)), new[0][0], new[1][0], LAYER, 3)
-    for whole, part, x in zip(own, new, (np.moveaxis(got.keys, -1, -3), np.swapaxes(got.values, -2, -3))):
-        whole[LAYER, :, :, 3:5] = part[0]
-        np.testing.assert_array_equal(x, whole)
+@pytest.mark.parametrize("width, S, column", [(8, 2, 3), (3, 1, 5), (3, 1, 6), (3, 4, 2), (3, 8, 0)])
+def test_a_write_touches_its_columns_of_its_layer_alone(width, S, column):
+    _, _, own = inputs(1, 8)
+    _, _, new = inputs(1, S, seed=1)
+    got = jax.jit(written)(in_blocks(own, width), new[0][0], new[1][0], np.int32(LAYER), np.int32(column))
+    for whole, part in zip(own, new):
+        whole[LAYER, :, :, column : column + S] = part[0]
+    for x, want in zip(got, in_blocks(own, width)):
+        np.testing.assert_array_equal(x, want)
