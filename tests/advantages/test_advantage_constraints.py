@@ -107,7 +107,7 @@ def test_multipliers_rise_below_the_target_only(dual, level, target):
     after = float(one_step(jnp.array([dual]), signals, jnp.array([target]))[0])
     assert 0 <= after <= 5
     change = after - np.float32(dual)
-    assert change == 0 or (change > 0) == (target > level)
+    assert abs(change) < 1e-6 or (change > 0) == (target > level)  # the mean of three equal levels is rounded
 
 
 def test_gradient_against_finite_differences():

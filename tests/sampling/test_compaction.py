@@ -54,9 +54,9 @@ def test_the_ladder_gets_to_few_rows_in_few_grids(asked, by_rows):
 def test_every_active_row_gets_one_cell_of_its_context(seed, shards, width):
     """Twice: rows of a context that lie in several slots come together again."""
     rng = np.random.default_rng(seed)
-    c, g = 6, 4
-    numbers, owners, active = np.arange(c * g).reshape(c, g), np.arange(c), rng.random((c, g)) < rng.random()
-    for slots, grid in ((6, Grid(6, width, shards)), (4, Grid(4, 2, shards))):
+    c, g = 4, 6
+    numbers, owners, active = np.arange(c * g).reshape(c, g), np.arange(c), rng.random((c, g)) < 0.6 * rng.random()
+    for slots, grid in ((10, Grid(10, width, shards)), (8, Grid(8, 2, shards))):
         left = set(numbers[active].tolist())
         per_context = [-(-sum(n // g == i for n in left) // grid.width) for i in range(c)]
         fits = (np.reshape(per_context, (shards, -1)).sum(1) <= slots // shards).all()
