@@ -84,8 +84,8 @@ def attend_cached(
     """
     C, G, S, H, D = queries.shape
     if S == 1 and on_tpu():
-        near, far = KeysValues(*(x[:, 0] for x in own)), prefix
-        far, near = ((jnp.swapaxes(kept.keys, -1, -2), kept.values) for kept in (far, near))
+        only = KeysValues(*(x[:, 0] for x in own))
+        far, near = ((jnp.swapaxes(kept.keys, -1, -2), kept.values) for kept in (prefix, only))
         options = {"scale": scale, "softcap": cap, "window": window}
         return attend_newest(queries[:, :, 0], far, prefix_lengths, near, filled, layer, **options)[:, :, None]
     (_, blocks, *_, T), P, kv_heads = own.keys.shape, prefix.keys.shape[-1], prefix.keys.shape[2]
