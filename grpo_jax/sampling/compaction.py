@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from grpo_jax.types import PyTree
 
-GRIDS = 10  # at most: each is the decode step compiled once more
+GRIDS = 12  # at most: each is the decode step compiled once more
 FEWEST_DECISIONS = 256  # the tail of shorter rows does not pay for compiling the step again for every grid
 
 
@@ -34,20 +34,22 @@ class Grid(NamedTuple):
 def ladder(
     contexts: int, width: int, decisions: int, *, context: int = 0, shards: int = 1, by_rows: bool = False
 ) -> list[Grid]:
-    """Grids from the whole one down to a few rows, the rows of each in the same ratio to those of the next.
+    """Grids from the whole one down to a few rows, each with a step that takes a part of the time of the one before.
 
-    by_rows: a step takes as long as its rows do, down to four on a device. Else it takes as long as reading the weights
-    does, whatever the rows; halves are then enough, down to eight.
+    by_rows: a step takes as long as its rows do and 8 more, for which the weights are read; four fifths of that time
+    are then worth a grid, down to four rows on a device. Else it takes as long as reading the weights does, whatever
+    the rows; halves are then enough, down to eight.
     context: tokens of a context. Narrow slots are filled best, as contexts lose their rows unevenly; but each holds its
     context's keys and values. There are about four slots for every context, or fewer, down to one, where the copies
     would take more than a quarter of the memory of the first smaller grid's own tokens.
     """
     grids, rows = [Grid(contexts, width, shards)], contexts * width / shards
-    ratio, fewest = (1.5, 4) if by_rows else (2.0, 8)
-    ratio = max(ratio, (rows / fewest) ** (1 / (GRIDS - 1)))
-    room = rows / ratio * shards * decisions / (4 * max(context, 1))
+    ratio, more, fewest = (1.25, 8, 4) if by_rows else (2.0, 0, 8)
+    ratio = max(ratio, ((rows + more) / (fewest + more)) ** (1 / (GRIDS - 1)))
+    smaller = lambda rows: (rows + more) / ratio - more  # noqa: E731
+    room = smaller(rows) * shards * decisions / (4 * max(context, 1))
     slots = min(4 * contexts, max(contexts, room)) / shards
-    while decisions >= FEWEST_DECISIONS and round(rows := rows / ratio) >= fewest:
+    while decisions >= FEWEST_DECISIONS and round(rows := smaller(rows)) >= fewest:
         while width > max(1, rows / slots):
             width = -(-width // 2)
         grid, last = Grid(math.ceil(rows / width) * shards, width, shards), grids[-1]

@@ -70,7 +70,7 @@ def draw(
     c, g, t_max = cells.given.shape
     prefix = model.prefill(cells.contexts, jnp.maximum(cells.context_lengths - 1, 0))
     owners, rows = jnp.arange(c, dtype=jnp.int32), jnp.arange(c * g, dtype=jnp.int32).reshape(c, g)
-    table = _Table(cells, prefix, owners, rows)
+    table = _Table(cells, prefix, owners, rows, _row_keys(key, cells))
     loop = _begin(model, table, has_given)
     results = jax.tree.map(lambda x: x.reshape(c * g, *x.shape[2:]), loop.drawn)
     grids = ladder(c, g, t_max, context=cells.contexts.shape[1], shards=shards, by_rows=on_cpu())
@@ -78,25 +78,27 @@ def draw(
         if grid is not grids[0]:
             results = put_back(results, loop.drawn, table.rows)
             table, loop = _regrouped(table, loop, regroup(loop.active, table.owners, grid))
-        step = partial(_step, model, table, _row_keys(key, table.cells), restricts)
+        step = partial(_step, model, table, restricts)
         loop = jax.lax.while_loop(partial(_goes_on, t_max, table.owners, smaller), step, loop)
     results = put_back(results, loop.drawn, table.rows)
     return jax.tree.map(lambda x: x.reshape(c, g, *x.shape[1:]), results)
 
 
 class _Table(NamedTuple):
-    """The rows in hand and what stays of them: cells, prefixes, and the numbers of contexts and rows among all."""
+    """The rows in hand and what stays of them: cells, prefixes, numbers of contexts and rows among all, and keys."""
 
     cells: Cells
     prefix: KeysValues
     owners: Int[Array, " C"]
     rows: Int[Array, "C G"]
+    keys: Key  # [C, G]
 
 
 class _Loop(NamedTuple):
-    """What changes: decisions up to `column` are there."""
+    """What changes: decisions up to `column` are there, and `inputs` says from which token the next is made."""
 
     column: Int[Array, ""]
+    inputs: Int[Array, "C G"]
     own: KeysValues
     active: Bool[Array, "C G"]
     drawn: Drawn
@@ -106,7 +108,7 @@ def _begin(model, table: _Table, has_given: bool) -> _Loop:
     """Nothing is drawn; given decisions are in the cache and scored."""
     cells, (c, g, t_max) = table.cells, table.cells.given.shape
     own = model.empty(c, g, t_max, table.prefix.keys.dtype)
-    wants_more, start = cells.budget > cells.given_lengths, jnp.zeros((), jnp.int32)
+    wants_more, start, first = cells.budget > cells.given_lengths, jnp.zeros((), jnp.int32), _first_inputs(cells)
     nothing = jnp.zeros((c, g, t_max), jnp.float32)
     drawn = Drawn(
         tokens=cells.given,
@@ -116,14 +118,15 @@ def _begin(model, table: _Table, has_given: bool) -> _Loop:
         sampler_logps=nothing,
     )
     if has_given:
-        inputs = jnp.concatenate([_first_inputs(cells), cells.given[..., :-1]], axis=-1)
+        inputs = jnp.concatenate([first[..., None], cells.given[..., :-1]], axis=-1)
         hidden, own = model.decode(inputs, table.prefix, cells.context_lengths - 1, own, start)
         there = jnp.arange(t_max) < cells.given_lengths[..., None]
         options = {"temperature": _scale(cells), "softcap": model.config.final_softcap}
         logps, _ = chunked_logps(hidden, model.head(), cells.given, **options)
         drawn = drawn._replace(sampler_logps=jnp.where(there, logps, 0.0))
         start = jnp.min(jnp.where(wants_more, cells.given_lengths, t_max))
-    return _Loop(start, own, wants_more, drawn)
+        first = jax.lax.dynamic_index_in_dim(inputs, start, axis=2, keepdims=False)
+    return _Loop(start, first, own, wants_more, drawn)
 
 
 def _goes_on(t_max: int, owners: Int[Array, " C"], smaller: Grid | None, loop: _Loop) -> Bool[Array, ""]:
@@ -132,20 +135,18 @@ def _goes_on(t_max: int, owners: Int[Array, " C"], smaller: Grid | None, loop: _
     return more if smaller is None else more & ~smaller.fits(loop.active, owners)
 
 
-def _step(model, table: _Table, row_keys: Key, restricts: Restricts, loop: _Loop) -> _Loop:
+def _step(model, table: _Table, restricts: Restricts, loop: _Loop) -> _Loop:
     """One more decision of every active row."""
     cells, t, drawn = table.cells, loop.column, loop.drawn
-    before = jax.lax.dynamic_index_in_dim(drawn.tokens, jnp.maximum(t - 1, 0), axis=2)
-    inputs = jnp.where(t == 0, _first_inputs(cells), before)
-    hidden, own = model.decode(inputs, table.prefix, cells.context_lengths - 1, loop.own, t)
+    hidden, own = model.decode(loop.inputs[..., None], table.prefix, cells.context_lengths - 1, loop.own, t)
     logits = model.logits(hidden.reshape(-1, hidden.shape[-1]))
     scaled = softcap(logits, model.config.final_softcap) / _scale(cells).reshape(-1)
-    drawn_now = _choose(scaled, cells, row_keys, t, restricts)
+    drawn_now = _choose(scaled, cells, table.keys, t, restricts)
     token, behavior, policy = (x.reshape(loop.active.shape) for x in drawn_now)
     chosen = loop.active & (t >= cells.given_lengths)
     tokens = _write(drawn.tokens, token, t, chosen)
     stopped = chosen & (t >= cells.minimum) & _ends_in_stop(tokens, jnp.broadcast_to(t, chosen.shape), cells)
-    exists = t + 1
+    exists, inputs = t + 1, jax.lax.dynamic_index_in_dim(tokens, t, axis=2, keepdims=False)
     drawn = Drawn(
         tokens=tokens,
         lengths=jnp.where(chosen, exists, drawn.lengths),
@@ -153,28 +154,27 @@ def _step(model, table: _Table, row_keys: Key, restricts: Restricts, loop: _Loop
         behavior_logps=_write(drawn.behavior_logps, behavior, t, chosen),
         sampler_logps=_write(drawn.sampler_logps, policy, t, chosen),
     )
-    return _Loop(exists, own, loop.active & ~stopped & (exists < cells.budget), drawn)
+    return _Loop(exists, inputs, own, loop.active & ~stopped & (exists < cells.budget), drawn)
 
 
 def _regrouped(table: _Table, loop: _Loop, places: Regrouped) -> tuple[_Table, _Loop]:
     """The active rows in the cells of a smaller grid."""
-    contexts = {name: places.of_contexts(getattr(table.cells, name)) for name in ("contexts", "context_lengths")}
-    apart = {*contexts, "stops"}
+    apart = ("contexts", "context_lengths", "stops")  # the contexts are in the prefix, and no longer needed
     rows = {name: places.rows(x) for name, x in table.cells._asdict().items() if name not in apart}
-    cells = table.cells._replace(**contexts, **rows)
+    cells = table.cells._replace(context_lengths=places.of_contexts(table.cells.context_lengths), **rows)
     prefix = jax.tree.map(lambda x: places.of_contexts(x, axis=1), table.prefix)
     numbers = jnp.where(places.there(), places.rows(table.rows), jnp.iinfo(jnp.int32).max)
     own = jax.tree.map(lambda x: places.rows(x, axis=2), loop.own)
     drawn = jax.tree.map(places.rows, loop.drawn)
     active = places.rows(loop.active) & places.there()
-    return _Table(cells, prefix, places.of_contexts(table.owners), numbers), _Loop(loop.column, own, active, drawn)
+    table = _Table(cells, prefix, places.of_contexts(table.owners), numbers, places.rows(table.keys))
+    return table, _Loop(loop.column, places.rows(loop.inputs), own, active, drawn)
 
 
-def _first_inputs(cells: Cells) -> Int[Array, "C G 1"]:
+def _first_inputs(cells: Cells) -> Int[Array, "C G"]:
     """A row's first input is its context's last token."""
-    at = jnp.maximum(cells.context_lengths - 1, 0)[:, None]
-    last = jnp.take_along_axis(cells.contexts, at, axis=1)
-    return jnp.broadcast_to(last[:, :, None], (*cells.budget.shape, 1))
+    last = jnp.take_along_axis(cells.contexts, jnp.maximum(cells.context_lengths - 1, 0)[:, None], axis=1)
+    return jnp.broadcast_to(last, cells.budget.shape)
 
 
 def _scale(cells: Cells) -> Float[Array, "C G"]:
@@ -182,13 +182,13 @@ def _scale(cells: Cells) -> Float[Array, "C G"]:
 
 
 def _row_keys(key: Key, cells: Cells) -> Key:
-    fold = jax.vmap(lambda p, i: jax.random.fold_in(jax.random.fold_in(key, p), i))
-    return fold(cells.prompt_ids.reshape(-1), cells.index.reshape(-1))
+    fold = jax.vmap(jax.vmap(lambda p, i: jax.random.fold_in(jax.random.fold_in(key, p), i)))
+    return fold(cells.prompt_ids, cells.index)
 
 
 def _choose(scaled: Float[Array, "V N"], cells: Cells, row_keys: Key, t: Array, restricts: Restricts) -> Chosen:
     """One token per row; the two random numbers of row and decision come from a key of their own."""
-    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(row_keys)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(row_keys.reshape(-1))
     asked = {name: getattr(cells, name).reshape(-1) for name in ("top_k", "top_p", "min_p") if name in restricts}
     if "min_new" in restricts:
         asked["forbidden"] = (t < cells.minimum).reshape(-1) & _stop_tokens(cells, len(scaled))

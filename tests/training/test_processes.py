@@ -26,7 +26,7 @@ from grpo_jax.types import Contexts, Prompt, Request, Rollout
 FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
 
 
-def start(does: str, *, count: int, devices: int, members=None, timeout=120, heartbeat=6, **plan) -> list:
+def start(does: str, *, count: int, devices: int, members=None, timeout=120, heartbeat=60, **plan) -> list:
     """The processes, each with so many virtual devices, as they run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -119,11 +119,11 @@ def test_what_differs_is_said_on_every_process(of_two):
 def test_when_one_is_killed_all_stop_and_any_number_goes_on(of_two, whole):
     """Four processes go on from what two have saved; one is killed; one goes on from what the four have saved."""
     directory, _ = of_two
-    running = start("is_killed", count=4, devices=1, config=config(directory), heartbeat=6)
+    running = start("is_killed", count=4, devices=1, config=config(directory), heartbeat=12)
     running[2].wait(300)
     killed = time.monotonic()
     results = ended(running)
-    assert time.monotonic() - killed < 6 + 20
+    assert time.monotonic() - killed < 12 + 20
     assert [status for status, *_ in results] == [1, 1, -9, 1], results
     for i in (0, 1, 3):
         assert re.search(r"process 2 of 4 \(.+\)", results[i][2].strip().splitlines()[-1]), results[i][2]
@@ -136,8 +136,8 @@ def test_when_one_is_killed_all_stop_and_any_number_goes_on(of_two, whole):
 
 def test_one_that_fails_and_a_coordinator_that_dies_end_the_others_by_name():
     started = time.monotonic()
-    failing = start("works", count=3, devices=1, victim=1, killed=False)
-    dying = start("works", count=2, devices=1, victim=0, killed=True)
+    failing = start("works", count=3, devices=1, heartbeat=6, victim=1, killed=False)
+    dying = start("works", count=2, devices=1, heartbeat=6, victim=0, killed=True)
     results, of_dying = ended(failing), ended(dying)
     assert time.monotonic() - started < 50  # they would work for a minute
     assert [status for status, *_ in results] == [1, 1, 1]
