@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from grpo_jax.losses import chunked_logps
 from grpo_jax.models.config import TransformerConfig
@@ -16,7 +17,10 @@ from grpo_jax.models.transformer import merge
 from grpo_jax.types import Batch, Decisions, PyTree
 
 TO_SPARE = 2**26  # bytes
-LOGITS = 7 * 2**22  # bytes at a time, on one TPU core: fast memory (128 MiB on v5e, v6e) then holds hidden states too
+# Bytes at a time on one TPU core, whose fast memory (128 MiB on v5e, v6e) then holds the logits of a chunk beside the
+# hidden states of the decisions and their float32 gradients.
+LOGITS = 7 * 2**21
+STATES = 3 * 2**24
 
 
 def evaluate(
@@ -48,17 +52,21 @@ def evaluate(
     tokens = c * (rows.contexts.tokens.shape[1] + g * t)
     remat = outweighs(model.config, tokens, params) if remat is None else remat
     hidden = model(rows.contexts.tokens, before, inputs, remat=remat)
-    logps, stats = chunked_logps(
-        hidden,
-        model.head(),
-        targets,
-        temperature=rows.temperature.reshape(c, g),
-        softcap=model.config.final_softcap,
-        entropy="entropy" in wants,
-        chunk=in_fast_memory(n * t) if on_tpu() else None,
-    )
-    flat = jax.tree.map(lambda x: x.reshape(n, t), (logps, stats))
-    return Decisions(logps=flat[0], stats=flat[1])
+    turns, chunk = in_fast_memory(n * t, hidden, rows=g) if on_tpu() else (1, None)
+    head, options = model.head(), {"softcap": model.config.final_softcap, "entropy": "entropy" in wants}
+
+    def say(x: tuple[Array, Array, Array]) -> tuple[Array, dict[str, Array]]:
+        hidden, targets, temperature = x
+        return chunked_logps(hidden, head, targets, temperature=temperature, chunk=chunk, **options)
+
+    asked = hidden, targets, rows.temperature.reshape(c, g)
+    if turns == 1:
+        said = say(asked)
+    else:
+        runs = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(c, turns, g // turns, *x.shape[2:]), 0, 1), asked)
+        said = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), jax.lax.map(say, runs))
+    logps, stats = jax.tree.map(lambda x: x.reshape(n, t), said)
+    return Decisions(logps=logps, stats=stats)
 
 
 def outweighs(config: TransformerConfig, tokens: int, params: PyTree) -> bool:
@@ -74,9 +82,16 @@ def outweighs(config: TransformerConfig, tokens: int, params: PyTree) -> bool:
     return tokens * kept * leaves[0].dtype.itemsize > max(16 * sum(x.size for x in leaves), TO_SPARE)
 
 
-def in_fast_memory(decisions: int) -> int:
-    """Tokens of the vocabulary whose float32 logits, of each device's part of so many decisions, take `LOGITS` bytes:
-    whole tiles of them, and no fewer than keep the matrix unit busy.
+def in_fast_memory(decisions: int, hidden: Float[Array, "C G T E"], *, rows: int) -> tuple[int, int | None]:
+    """In how many turns decisions are said, and tokens of the vocabulary at a time, so that `LOGITS` and `STATES` hold
+    on each device: whole tiles of logits, and no fewer than keep the matrix unit busy.
+
+    Every turn reads the head once more, so there are two at most, of half the rows of each context. Where hidden states
+    would still not fit, they go through slow memory once for every chunk: chunks are then as large as elsewhere (None).
     """
-    here = decisions // math.prod(parts(name) for name in ("contexts", "tokens", "vocab"))
-    return max(512, LOGITS // (4 * max(here, 1)) // 128 * 128)
+    here = max(1, decisions // math.prod(parts(name) for name in ("contexts", "tokens", "vocab")))
+    states = here * hidden.shape[-1] * (hidden.dtype.itemsize + 4)
+    turns = 1 if states <= STATES else 2
+    if states > turns * STATES or rows % turns:
+        return 1, None
+    return turns, max(512, LOGITS // (4 * max(here // turns, 1)) // 128 * 128)

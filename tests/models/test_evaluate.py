@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.losses import chunked_logps
 from grpo_jax.models import TransformerConfig, abstract, create, evaluate, merge, softcap
 from grpo_jax.models.evaluate import outweighs
 from grpo_jax.types import Contexts
@@ -102,6 +104,26 @@ def test_nothing_but_logps_unless_wanted():
     plain = evaluated(batch())
     assert plain.stats == {}
     np.testing.assert_allclose(plain.logps, evaluated(batch(), wants=("entropy",)).logps, atol=1e-6)
+
+
+def test_in_two_turns_as_on_tpu(monkeypatch):
+    """Where hidden states of half the rows fit fast memory: the same, and the same gradient of head and layers."""
+    module, rows = sys.modules["grpo_jax.models.evaluate"], batch(g=4)
+    weights = np.random.default_rng(3).standard_normal(rows.completions.shape).astype(np.float32)
+
+    def gradient(params):
+        said = evaluate(GRAPHDEF, params, rows, wants=("entropy",))
+        return (weights * (said.logps + 0.3 * said.stats["entropy"])).sum()
+
+    whole = evaluated(rows, wants=("entropy",)), jax.grad(gradient)(PARAMS)
+    states, asked = C * 4 * T * 16 * 8, []
+    monkeypatch.setattr(module, "on_tpu", lambda: True)
+    monkeypatch.setattr(module, "STATES", states - 1)
+    monkeypatch.setattr(module, "chunked_logps", lambda h, *a, **k: asked.append(h.shape) or chunked_logps(h, *a, **k))
+    halves = evaluate(GRAPHDEF, PARAMS, rows, wants=("entropy",)), jax.grad(gradient)(PARAMS)
+    assert set(asked) == {(C, 2, T, 16)}
+    for want, got in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5 * np.abs(want).max())
 
 
 def test_padding_of_contexts_and_completions_does_not_matter():

@@ -40,10 +40,20 @@ def test_matrices_of_a_layer_are_whole_but_for_tensor_and_the_same_numbers():
 
 
 def test_a_chunk_of_logits_fills_its_part_of_fast_memory_on_each_device():
-    assert in_fast_memory(4096) == LOGITS // (4 * 4096) == 1792
-    assert in_fast_memory(2**20) == 512
+    states = lambda size, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, 1, 1, size), dtype)  # noqa: E731
+    assert in_fast_memory(4096, states(1536), rows=16) == (1, LOGITS // (4 * 4096)) == (1, 896)
+    assert in_fast_memory(2**15, states(64), rows=16) == (1, 512)
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        assert in_fast_memory(8 * 4096) == 1792
+        assert in_fast_memory(8 * 4096, states(1536), rows=16) == (1, 896)
+
+
+def test_hidden_states_too_many_for_fast_memory_take_two_turns_or_large_chunks():
+    states = lambda size, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, 1, 1, size), dtype)  # noqa: E731
+    assert in_fast_memory(8192, states(1536), rows=16) == (2, 896)
+    assert in_fast_memory(8192, states(1024), rows=16) == (1, 512)
+    assert in_fast_memory(8192, states(1024, jnp.float32), rows=16) == (2, 896)  # eight bytes each, not six
+    assert in_fast_memory(8192, states(1536), rows=15) == (1, None)
+    assert in_fast_memory(8192, states(4096), rows=16) == (1, None)
 
 
 def test_compiled_for_tpu_no_product_is_a_sum_of_parts():

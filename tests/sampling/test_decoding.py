@@ -322,10 +322,11 @@ def test_padding_cells_stay_empty_and_disturb_nobody(stream):
 # ---- decisions that are there already ------------------------------------------------------------------------------
 
 
-def test_ragged_prefixes_go_on_as_the_unbroken_stream(stream):
+@pytest.mark.parametrize("shortest", [0, 3])
+def test_ragged_prefixes_go_on_as_the_unbroken_stream(stream, shortest):
     rng = np.random.default_rng(1)
-    lengths = rng.integers(0, T + 1, (C, G)).astype(np.int32)
-    lengths[0, :3] = [0, 1, T]
+    lengths = rng.integers(shortest, T + 1, (C, G)).astype(np.int32)
+    lengths[0, :3] = [shortest, shortest + 1, T]
     given = np.where(np.arange(T) < lengths[..., None], stream.tokens, 10).astype(np.int32)  # 10 is never looked at
     got = run(
         cells(C, G, T, given=given, given_lengths=lengths, stops=stop_table(), stops_apply=np.zeros((C, G, 4), bool)),
