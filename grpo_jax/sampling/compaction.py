@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from grpo_jax.types import PyTree
 
-GRIDS = 12  # at most: each is the decode step compiled once more
+GRIDS = 14  # at most: each is the decode step compiled once more
 FEWEST_DECISIONS = 256  # the tail of shorter rows does not pay for compiling the step again for every grid
 
 
