@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -89,9 +88,10 @@ def in_fast_memory(decisions: int, hidden: Float[Array, "C G T E"], *, rows: int
     Every turn reads the head once more, so there are two at most, of half the rows of each context. Where hidden states
     would still not fit, they go through slow memory once for every chunk: chunks are then as large as elsewhere (None).
     """
-    here = max(1, decisions // math.prod(parts(name) for name in ("contexts", "tokens", "vocab")))
+    ways = {name: parts(name) for name in ("contexts", "tokens", "vocab")}
+    here = max(1, decisions // (ways["contexts"] * ways["tokens"]))
     states = here * hidden.shape[-1] * (hidden.dtype.itemsize + 4)
     turns = 1 if states <= STATES else 2
     if states > turns * STATES or rows % turns:
         return 1, None
-    return turns, max(512, LOGITS // (4 * max(here // turns, 1)) // 128 * 128)
+    return turns, max(512, LOGITS * ways["vocab"] // (4 * max(here // turns, 1)) // 128 * 128)

@@ -44,7 +44,8 @@ def test_a_chunk_of_logits_fills_its_part_of_fast_memory_on_each_device():
     assert in_fast_memory(4096, states(1536), rows=16) == (1, LOGITS // (4 * 4096)) == (1, 896)
     assert in_fast_memory(2**15, states(64), rows=16) == (1, 512)
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        assert in_fast_memory(8 * 4096, states(1536), rows=16) == (1, 896)
+        assert in_fast_memory(4 * 4096, states(1536), rows=16) == (1, 1792)
+        assert in_fast_memory(8 * 4096, states(1536), rows=16) == (2, 1792)  # all hidden states on each of two
 
 
 def test_hidden_states_too_many_for_fast_memory_take_two_turns_or_large_chunks():
