@@ -81,17 +81,17 @@ def outweighs(config: TransformerConfig, tokens: int, params: PyTree) -> bool:
     return tokens * kept * leaves[0].dtype.itemsize > max(16 * sum(x.size for x in leaves), TO_SPARE)
 
 
-def in_fast_memory(decisions: int, hidden: Float[Array, "C G T E"], *, rows: int) -> tuple[int, int | None]:
+def in_fast_memory(decisions: int, hidden: Float[Array, "C G T E"], *, rows: int) -> tuple[int, int]:
     """In how many turns decisions are said, and tokens of the vocabulary at a time, so that `LOGITS` and `STATES` hold
     on each device: whole tiles of logits, and no fewer than keep the matrix unit busy.
 
     Every turn reads the head once more, so there are two at most, of half the rows of each context. Where hidden states
-    would still not fit, they go through slow memory once for every chunk: chunks are then as large as elsewhere (None).
+    would still not fit, they go through slow memory once for every chunk, and chunks are twice as large.
     """
     ways = {name: parts(name) for name in ("contexts", "tokens", "vocab")}
     here = max(1, decisions // (ways["contexts"] * ways["tokens"]))
     states = here * hidden.shape[-1] * (hidden.dtype.itemsize + 4)
-    turns = 1 if states <= STATES else 2
+    turns, logits = 1 if states <= STATES else 2, LOGITS * ways["vocab"]
     if states > turns * STATES or rows % turns:
-        return 1, None
-    return turns, max(512, LOGITS * ways["vocab"] // (4 * max(here // turns, 1)) // 128 * 128)
+        turns, logits = 1, 2 * logits
+    return turns, max(512, logits // (4 * max(here // turns, 1)) // 128 * 128)

@@ -48,13 +48,13 @@ def test_a_chunk_of_logits_fills_its_part_of_fast_memory_on_each_device():
         assert in_fast_memory(8 * 4096, states(1536), rows=16) == (2, 1792)  # all hidden states on each of two
 
 
-def test_hidden_states_too_many_for_fast_memory_take_two_turns_or_large_chunks():
+def test_hidden_states_too_many_for_fast_memory_take_two_turns_or_larger_chunks():
     states = lambda size, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, 1, 1, size), dtype)  # noqa: E731
     assert in_fast_memory(8192, states(1536), rows=16) == (2, 896)
     assert in_fast_memory(8192, states(1024), rows=16) == (1, 512)
     assert in_fast_memory(8192, states(1024, jnp.float32), rows=16) == (2, 896)  # eight bytes each, not six
-    assert in_fast_memory(8192, states(1536), rows=15) == (1, None)
-    assert in_fast_memory(8192, states(4096), rows=16) == (1, None)
+    assert in_fast_memory(8192, states(1536), rows=15) == (1, 896)  # twice the bytes
+    assert in_fast_memory(4096, states(8192), rows=16) == (1, 1792)
 
 
 def test_compiled_for_tpu_no_product_is_a_sum_of_parts():
