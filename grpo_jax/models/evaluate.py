@@ -51,7 +51,7 @@ def evaluate(
     tokens = c * (rows.contexts.tokens.shape[1] + g * t)
     remat = outweighs(model.config, tokens, params) if remat is None else remat
     hidden = model(rows.contexts.tokens, before, inputs, remat=remat)
-    turns, chunk = in_fast_memory(n * t, hidden, rows=g) if on_tpu() else (1, None)
+    turns, chunk = in_fast_memory(hidden) if on_tpu() else (1, None)
     head, options = model.head(), {"softcap": model.config.final_softcap, "entropy": "entropy" in wants}
 
     def say(x: tuple[Array, Array, Array]) -> tuple[Array, dict[str, Array]]:
@@ -81,17 +81,17 @@ def outweighs(config: TransformerConfig, tokens: int, params: PyTree) -> bool:
     return tokens * kept * leaves[0].dtype.itemsize > max(16 * sum(x.size for x in leaves), TO_SPARE)
 
 
-def in_fast_memory(decisions: int, hidden: Float[Array, "C G T E"], *, rows: int) -> tuple[int, int]:
+def in_fast_memory(hidden: Float[Array, "C G T E"]) -> tuple[int, int]:
     """In how many turns decisions are said, and tokens of the vocabulary at a time, so that `LOGITS` and `STATES` hold
     on each device: whole tiles of logits, and no fewer than keep the matrix unit busy.
 
     Every turn reads the head once more, so there are two at most, of half the rows of each context. Where hidden states
     would still not fit, they go through slow memory once for every chunk, and chunks are twice as large.
     """
-    ways = {name: parts(name) for name in ("contexts", "tokens", "vocab")}
-    here = max(1, decisions // (ways["contexts"] * ways["tokens"]))
-    states = here * hidden.shape[-1] * (hidden.dtype.itemsize + 4)
-    turns, logits = 1 if states <= STATES else 2, LOGITS * ways["vocab"]
-    if states > turns * STATES or rows % turns:
+    C, G, T, E = hidden.shape
+    here = max(1, C * G * T // (parts("contexts") * parts("tokens")))
+    states = here * E * (hidden.dtype.itemsize + 4)
+    turns, logits = 1 if states <= STATES else 2, LOGITS * parts("vocab")
+    if states > turns * STATES or G % turns:
         turns, logits = 1, 2 * logits
     return turns, max(512, logits // (4 * max(here // turns, 1)) // 128 * 128)

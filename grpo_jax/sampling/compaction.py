@@ -50,7 +50,7 @@ def ladder(
     room = smaller(rows) * shards * decisions / (4 * max(context, 1))
     slots = min(4 * contexts, max(contexts, room)) / shards
     while decisions >= FEWEST_DECISIONS and round(rows := smaller(rows)) >= fewest:
-        while width > max(1, rows / slots):
+        while width > 1 and math.ceil(rows / -(-width // 2)) < 2 * slots:
             width = -(-width // 2)
         grid, last = Grid(math.ceil(rows / width) * shards, width, shards), grids[-1]
         if grid.contexts * grid.width < 0.9 * last.contexts * last.width:  # not so where few wide slots round up

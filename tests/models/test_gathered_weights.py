@@ -39,22 +39,25 @@ def test_matrices_of_a_layer_are_whole_but_for_tensor_and_the_same_numbers():
         assert (there == params["layers"][part][name][1]).all()
 
 
+def asked(decisions, features, dtype=jnp.bfloat16, *, rows=16):
+    """How hidden states of so many decisions, of so many rows a context, are said."""
+    return in_fast_memory(jax.ShapeDtypeStruct((1, rows, decisions // rows, features), dtype))
+
+
 def test_a_chunk_of_logits_fills_its_part_of_fast_memory_on_each_device():
-    states = lambda size, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, 1, 1, size), dtype)  # noqa: E731
-    assert in_fast_memory(4096, states(1536), rows=16) == (1, LOGITS // (4 * 4096)) == (1, 896)
-    assert in_fast_memory(2**15, states(64), rows=16) == (1, 512)
+    assert asked(4096, 1536) == (1, LOGITS // (4 * 4096)) == (1, 896)
+    assert asked(2**20, 8) == (1, 512)
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        assert in_fast_memory(4 * 4096, states(1536), rows=16) == (1, 1792)
-        assert in_fast_memory(8 * 4096, states(1536), rows=16) == (2, 1792)  # all hidden states on each of two
+        assert asked(4 * 4096, 1536) == (1, 1792)
+        assert asked(8 * 4096, 1536) == (2, 1792)  # all hidden states on each of two
 
 
 def test_hidden_states_too_many_for_fast_memory_take_two_turns_or_larger_chunks():
-    states = lambda size, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, 1, 1, size), dtype)  # noqa: E731
-    assert in_fast_memory(8192, states(1536), rows=16) == (2, 896)
-    assert in_fast_memory(8192, states(1024), rows=16) == (1, 512)
-    assert in_fast_memory(8192, states(1024, jnp.float32), rows=16) == (2, 896)  # eight bytes each, not six
-    assert in_fast_memory(8192, states(1536), rows=15) == (1, 896)  # twice the bytes
-    assert in_fast_memory(4096, states(8192), rows=16) == (1, 1792)
+    assert asked(8192, 1536) == (2, 896)
+    assert asked(8192, 1024) == (1, 512)
+    assert asked(8192, 1024, jnp.float32) == (2, 896)  # eight bytes each, not six
+    assert asked(15 * 546, 1536, rows=15) == (1, 896)  # twice the bytes
+    assert asked(4096, 8192) == (1, 1792)
 
 
 def test_compiled_for_tpu_no_product_is_a_sum_of_parts():
