@@ -14,10 +14,11 @@ from grpo_jax.models.kernels import attend_newest, on_cpu, on_tpu
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of all layers: of contexts [L, C, ...], or of the rows' own tokens in B blocks [L, B, C, G, ...].
+    """Keys and values of all layers: of contexts [L, C, ...], or of the rows' own tokens in B blocks [L, B, S, N, ...].
 
     Heads come before tokens, and keys have their tokens last: both products of attention then read them as they lie.
-    Blocks come before rows: one of them is read as it lies, too. Column t is the t % T-th of block t // T.
+    Blocks come before rows: one of them is read as it lies, too. Column t is the t % T-th of block t // T. There is
+    room for N rows on each of S devices; when fewer are in hand [C, G], they have each device's first places.
     """
 
     keys: Float[Array, "L *cells Hkv D T"]
@@ -38,27 +39,58 @@ def arranged(keys: Float[Array, "*rows T Hkv D"], values: Float[Array, "*rows T 
 
 def written(
     own: KeysValues,
-    keys: Float[Array, "C G S Hkv D"],
-    values: Float[Array, "C G S Hkv D"],
+    keys: Float[Array, "C G M Hkv D"],
+    values: Float[Array, "C G M Hkv D"],
     layer: Int[Array, ""] | int,
     column: Int[Array, ""] | int,
 ) -> KeysValues:
-    """The cache with new tokens of one layer in columns column..column+S-1: nothing else of it is touched."""
-    blocks, T, S = own.keys.shape[1], own.keys.shape[-1], keys.shape[2]
+    """The cache with M new tokens of one layer from `column` on: nothing else of it is touched."""
+    (_, blocks, shards, *_, T), M = own.keys.shape, keys.shape[2]
 
     def put(kept: Array, new: Array, axis: int) -> Array:
-        new = new.astype(kept.dtype)
-        if S == 1 or blocks == 1:
+        new = new.astype(kept.dtype).reshape(shards, -1, *new.shape[2:])
+        if M == 1 or blocks == 1:
             at = [layer, column // T, 0, 0, 0, 0, 0]
             at[axis] = column % T
             return jax.lax.dynamic_update_slice(kept, new[None, None], [jnp.asarray(i, jnp.int32) for i in at])
-        old = jnp.moveaxis(jax.lax.dynamic_index_in_dim(kept, layer, keepdims=False), 0, axis - 1)
+        old = jnp.moveaxis(_cut(kept, layer, 0, blocks, new.shape[1]), 0, axis - 1)
         joined = old.reshape(*new.shape[:axis], blocks * T, *new.shape[axis:][1:])
         joined = jax.lax.dynamic_update_slice_in_dim(joined, new, column, axis)
-        return jax.lax.dynamic_update_index_in_dim(kept, jnp.moveaxis(joined.reshape(old.shape), axis - 1, 0), layer, 0)
+        return _pasted(kept, jnp.moveaxis(joined.reshape(old.shape), axis - 1, 0), layer, 0)
 
     keys, values = arranged(keys, values)
     return KeysValues(put(own.keys, keys, -1), put(own.values, values, -2))
+
+
+def moved(own: KeysValues, rows: Int[Array, "S n"], before: int, filled: Int[Array, ""] | int) -> KeysValues:
+    """The cache with each device's rows of these numbers, of the `before` in hand, in its first n places.
+
+    They move within the cache, block by block as far as columns are filled: there is no second one.
+    """
+    layers, blocks, *_, T = own.keys.shape
+    turns = 1 if blocks == 1 else -(-filled // T)
+    pick = jax.vmap(partial(jnp.take, axis=0, mode="clip"))
+
+    def move(layer: Array, block: Array, own: KeysValues) -> KeysValues:
+        picked = (pick(_cut(x, layer, block, 1, before)[0], rows) for x in own)
+        return KeysValues(*(_pasted(x, new[None], layer, block) for x, new in zip(own, picked)))
+
+    return jax.lax.fori_loop(0, layers, lambda layer, own: jax.lax.fori_loop(0, turns, partial(move, layer), own), own)
+
+
+def _cut(
+    kept: Float[Array, "L B S N *rest"], layer: Array | int, block: Array | int, blocks: int, rows: int
+) -> Float[Array, "b S n *rest"]:
+    """So many blocks of a layer, from `block` on, of each device's first rows."""
+    whole = kept.shape[2], rows, *kept.shape[4:]
+    return jax.lax.dynamic_slice(kept, (layer, block, *[0] * len(whole)), (1, blocks, *whole))[0]
+
+
+def _pasted(
+    kept: Float[Array, "L B S N *rest"], part: Float[Array, "b S n *rest"], layer: Array | int, block: Array | int
+) -> Float[Array, "L B S N *rest"]:
+    """The inverse of `_cut`."""
+    return jax.lax.dynamic_update_slice(kept, part[None], (layer, block, *[0] * (kept.ndim - 2)))
 
 
 def attend_cached(
@@ -88,7 +120,7 @@ def attend_cached(
         far, near = ((jnp.swapaxes(kept.keys, -1, -2), kept.values) for kept in (prefix, only))
         options = {"scale": scale, "softcap": cap, "window": window}
         return attend_newest(queries[:, :, 0], far, prefix_lengths, near, filled, layer, **options)[:, :, None]
-    (_, blocks, *_, T), P, kv_heads = own.keys.shape, prefix.keys.shape[-1], prefix.keys.shape[2]
+    (_, blocks, shards, *_, T), P, kv_heads = own.keys.shape, prefix.keys.shape[-1], prefix.keys.shape[2]
     by_row = jnp.swapaxes(queries.reshape(C, G, S, kv_heads, H // kv_heads, D), 2, 3)  # [C, G, Hkv, S, R, D]
     here, start = positions[:, None, None, :, None, None], prefix_lengths[:, None, None, None, None, None]
 
@@ -109,8 +141,7 @@ def attend_cached(
         return _Heard(*(jnp.swapaxes(x, 1, 2) for x in heard))
 
     def add(block: Array | int, heard: _Heard) -> _Heard:
-        cut = lambda x: jax.lax.dynamic_slice(x, (layer, block, *[0] * (x.ndim - 2)), (1, 1, *x.shape[2:]))  # noqa: E731
-        keys, values = (cut(x)[0, 0] for x in own)
+        keys, values = (_cut(x, layer, block, 1, C * G // shards).reshape(C, G, *x.shape[4:]) for x in own)
         place = start + block * T + jnp.arange(T, dtype=jnp.int32)
         scores = masked(_product("cgksrd,cgkdt->cgksrt", by_row, keys), place, True)
         top = jnp.maximum(heard.top, jnp.max(scores, axis=-1))

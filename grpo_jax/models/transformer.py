@@ -150,10 +150,10 @@ class Transformer(nnx.Module):
         x = self._scan(layer, x, remat=remat, gather=True)[0]
         return norm(parted(x, P, G, cut)[1], self.norm, self.config)
 
-    def empty(self, C: int, G: int, T: int, dtype: Any) -> KeysValues:
-        """An own cache of zeros for C contexts of G rows of at least T columns."""
+    def empty(self, C: int, G: int, T: int, dtype: Any, *, shards: int = 1) -> KeysValues:
+        """An own cache of zeros for C contexts of G rows of at least T columns, divided over so many devices."""
         width, size = block_columns(T), self.config.head_dim
-        blocks = (self.config.num_layers, -(-T // width), C, G, self.config.num_kv_heads)
+        blocks = (self.config.num_layers, -(-T // width), shards, C * G // shards, self.config.num_kv_heads)
         nothing = (jnp.zeros((*blocks, *last), dtype) for last in ((size, width), (width, size)))
         return KeysValues(*(divided(x, "layers whole cells whole kv_heads") for x in nothing))
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.losses import chunked_logps
 from grpo_jax.models import KeysValues, merge, softcap
+from grpo_jax.models.cached import moved
 from grpo_jax.models.kernels import on_cpu
 from grpo_jax.sampling.choice import Chosen, choose, restrict
 from grpo_jax.sampling.compaction import Grid, Regrouped, ladder, put_back, regroup
@@ -71,7 +72,7 @@ def draw(
     prefix = model.prefill(cells.contexts, jnp.maximum(cells.context_lengths - 1, 0))
     owners, rows = jnp.arange(c, dtype=jnp.int32), jnp.arange(c * g, dtype=jnp.int32).reshape(c, g)
     table = _Table(cells, prefix, owners, rows, _row_keys(key, cells))
-    loop = _begin(model, table, has_given)
+    loop = _begin(model, table, has_given, shards)
     results = jax.tree.map(lambda x: x.reshape(c * g, *x.shape[2:]), loop.drawn)
     grids = ladder(c, g, t_max, context=cells.contexts.shape[1], shards=shards, by_rows=on_cpu())
     for grid, smaller in zip(grids, [*grids[1:], None]):
@@ -104,10 +105,10 @@ class _Loop(NamedTuple):
     drawn: Drawn
 
 
-def _begin(model, table: _Table, has_given: bool) -> _Loop:
+def _begin(model, table: _Table, has_given: bool, shards: int) -> _Loop:
     """Nothing is drawn; given decisions are in the cache and scored."""
     cells, (c, g, t_max) = table.cells, table.cells.given.shape
-    own = model.empty(c, g, t_max, table.prefix.keys.dtype)
+    own = model.empty(c, g, t_max, table.prefix.keys.dtype, shards=shards)
     wants_more, start, first = cells.budget > cells.given_lengths, jnp.zeros((), jnp.int32), _first_inputs(cells)
     nothing = jnp.zeros((c, g, t_max), jnp.float32)
     drawn = Drawn(
@@ -164,7 +165,7 @@ def _regrouped(table: _Table, loop: _Loop, places: Regrouped) -> tuple[_Table, _
     cells = table.cells._replace(context_lengths=places.of_contexts(table.cells.context_lengths), **rows)
     prefix = jax.tree.map(lambda x: places.of_contexts(x, axis=1), table.prefix)
     numbers = jnp.where(places.there(), places.rows(table.rows), jnp.iinfo(jnp.int32).max)
-    own = jax.tree.map(lambda x: places.rows(x, axis=2), loop.own)
+    own = moved(loop.own, jnp.maximum(places.cells, 0), loop.active.size // places.grid.shards, loop.column)
     drawn = jax.tree.map(places.rows, loop.drawn)
     active = places.rows(loop.active) & places.there()
     table = _Table(cells, prefix, places.of_contexts(table.owners), numbers, places.rows(table.keys))

@@ -65,6 +65,17 @@ def test_the_newest_token_hears_its_context_and_its_own_columns_and_nothing_else
     np.testing.assert_allclose(call(queries, prefix, lengths, own, filled, 1), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+def test_rows_in_hand_have_the_first_places_of_each_run(runs):
+    queries, prefix, own = cached(4, 2, 20, 24, 16)
+    lengths, filled = np.array([20, 11, 0, 7]), np.array([[24, 3], [1, 17], [9, 9], [24, 24]])
+    expected = newest(queries, prefix, lengths, own, filled, 1, 0.4, None, None)
+    laid = (x.reshape(len(x), runs, 8 // runs, *x.shape[3:]) for x in own)
+    own = tuple(jnp.pad(x, [(0, 0)] * 2 + [(0, 3)] + [(0, 0)] * 3, constant_values=jnp.nan) for x in laid)
+    got = decode_attention(queries, prefix, lengths, own, filled, 1, scale=0.4, interpret=True)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("G, kv_heads, T", [(16, 2, 512), (64, 8, 4096), (256, 1, 4096), (1, 4, 100)])
 def test_tiles_fit_into_fast_memory_and_divide_the_heads(G, kv_heads, T):
     size = tiles(G, kv_heads, 512, T, 128, 2)

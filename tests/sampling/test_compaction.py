@@ -1,5 +1,7 @@
 """Rows regrouped into fewer cells: nothing is lost, and what is drawn is what one grid draws."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,3 +115,19 @@ def test_a_shrinking_grid_draws_what_one_grid_draws(monkeypatch):
     for name in ("behavior_logps", "sampler_logps"):
         np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=2e-6, err_msg=name)
     assert len(set(np.asarray(got.lengths).ravel().tolist())) > 5
+
+
+def test_rows_move_within_the_one_cache_that_there_is(monkeypatch):
+    """Compiled memory: with smaller grids, little more than without."""
+    sizes = {"hidden_size": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64}
+    graphdef, params = create(dataclasses.replace(CONFIG, **sizes), jax.random.key(1))
+    cells, key = jax.eval_shape(lambda: ragged(8, 8, 1024)), jax.random.key(2)
+    used = {}
+    for name, grids in {"one grid": [Grid(8, 8)], "five": [Grid(8, 8), *(Grid(n, 1) for n in (50, 39, 22, 8))]}.items():
+        monkeypatch.setattr(decoding, "ladder", lambda *_, grids=grids, **__: grids)
+        jax.clear_caches()
+        program = draw.lower(graphdef, params, cells, key, restricts=(), has_given=False)
+        used[name] = program.compile().memory_analysis().temp_size_in_bytes
+    jax.clear_caches()
+    cache = 2 * 2 * 64 * 2 * 64 * 1024 * 4
+    assert cache < used["one grid"] < used["five"] < used["one grid"] + cache / 4

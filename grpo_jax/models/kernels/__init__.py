@@ -19,7 +19,7 @@ def attend_newest(
     queries: Float[Array, "C G H D"],
     prefix: tuple[Float[Array, "L C Hkv P D"], Float[Array, "L C Hkv P D"]],
     lengths: Int[Array, " C"],
-    own: tuple[Float[Array, "L C G Hkv T D"], Float[Array, "L C G Hkv T D"]],
+    own: tuple[Float[Array, "L S N Hkv T D"], Float[Array, "L S N Hkv T D"]],
     filled: Int[Array, "C G"] | Int[Array, ""] | int,
     layer: Int[Array, ""] | int,
     *,
@@ -39,7 +39,7 @@ def attend_newest(
         return decode_attention(queries, prefix, lengths, own, filled, layer, window=near, **options)
 
     arguments = [queries, prefix, lengths, own, jnp.broadcast_to(filled, (C, G)), jnp.asarray(layer)]
-    axes = ["SGHD", "LSHPD", "S", "LSGHTD", "SG", ""]
+    axes = ["SGHD", "LSHPD", "S", "LSNHTD", "SG", ""]
     if window is not None:
         arguments, axes = [*arguments, jnp.asarray(window)], [*axes, ""]
     return per_device(local, arguments, axes, "SGHD")

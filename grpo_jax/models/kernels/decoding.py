@@ -44,7 +44,7 @@ def decode_attention(
     queries: Float[Array, "C G H D"],
     prefix: tuple[Float[Array, "L C Hkv P D"], Float[Array, "L C Hkv P D"]],
     lengths: Int[Array, " C"],
-    own: tuple[Float[Array, "L C G Hkv T D"], Float[Array, "L C G Hkv T D"]],
+    own: tuple[Float[Array, "L S N Hkv T D"], Float[Array, "L S N Hkv T D"]],
     filled: Int[Array, "C G"] | Int[Array, ""] | int,
     layer: Int[Array, ""] | int,
     *,
@@ -61,10 +61,11 @@ def decode_attention(
     Context and own columns are joined in one softmax (float32) as their blocks come by. A context's keys and values are
     read once for all rows of its group, own columns as far as the longest row of the group is filled; blocks beyond,
     or before every row's window, are not read. Keys and values come of all layers, and `layer` says which: a slice of
-    one layer would be a copy. filled: own columns that exist, the newest included; a row that sees nothing gives 0.
+    one layer would be a copy. own: S runs of N rows, of which the first C G / S are the rows of C / S contexts each.
+    filled: own columns that exist, the newest included; a row that sees nothing gives 0.
     """
     C, G, H, D = queries.shape
-    kv_heads, P, T = prefix[0].shape[2], prefix[0].shape[3], own[0].shape[4]
+    kv_heads, P, T, run = prefix[0].shape[2], prefix[0].shape[3], own[0].shape[4], C // own[0].shape[1]
     size = tiles(G, kv_heads, P, T, D, own[0].dtype.itemsize)
     rows = -(-(H // kv_heads) // _SUBLANES) * _SUBLANES
     grouped = queries.reshape(C, G, kv_heads, H // kv_heads, D).astype(jnp.float32)
@@ -75,7 +76,7 @@ def decode_attention(
         return layer[0], c, h, jnp.clip(ranges[0, c] + j, ranges[0, c], ranges[1, c]), 0
 
     def own_block(c, h, j, layer, window, split, lengths, filled, ranges):
-        return layer[0], c, 0, h, jnp.clip(ranges[2, c] + j - split[0], ranges[2, c], ranges[3, c]), 0
+        return layer[0], c // run, c % run, h, jnp.clip(ranges[2, c] + j - split[0], ranges[2, c], ranges[3, c]), 0
 
     row_block = pl.BlockSpec((1, G, size.heads, rows, D), lambda c, h, j, *_: (c, 0, h, 0, 0))
     context_spec = pl.BlockSpec((1, 1, size.heads, size.tokens, D), context_block)
