@@ -34,7 +34,6 @@ def grpo(
 
     def plan(state, draw, key):
         rows = yield [Request(p, count=group_size) for p in draw(state, prompts)]
-        rows = yield rows
         return state.host, [rows]
 
     def advantage(batch, arrays, key):

@@ -53,7 +53,6 @@ def microcoder_grpo(
             if ngram_diversity(rows.completions, rows.lengths, rows.group_ids) >= diversity:
                 break
         rows = yield [Request(p, count=group_size, temperature=kept) for p in asked]
-        rows = yield rows
         return {"temperature": kept}, [rows]
 
     def advantage(batch, arrays, key):

@@ -19,6 +19,13 @@ def put(rows: Rollout, layout: Layout, mesh: Mesh, *, updates: int) -> Batch:
     return replicate(padded(rows, layout, updates=updates), mesh)
 
 
+def put_scores(rows: Rollout, batch: Batch, layout: Layout, mesh: Mesh, *, updates: int) -> Batch:
+    """The batch of these rows with what reward functions have said of them since: scores, channels and columns."""
+    whole = padded(rows, layout, updates=updates)
+    scores, columns = replicate((whole.scores, whole.columns), mesh)
+    return batch.replace(scores=scores, columns=columns, channels=rows.channels, channel_weights=rows.channel_weights)
+
+
 def padded(rows: Rollout, layout: Layout, *, updates: int) -> Batch:
     """Padding rows weigh nothing and stand in no group. Empty completions get weight 0."""
     n, t = rows.completions.shape

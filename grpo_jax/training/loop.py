@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.processes import agree
 from grpo_jax.training.agreement import described, returned
-from grpo_jax.training.batches import put
+from grpo_jax.training.batches import put, put_scores
 from grpo_jax.training.deal import Layout, deal
 from grpo_jax.training.inspection import check_rollout, check_update
 from grpo_jax.training.instruments import Clock
@@ -57,16 +57,15 @@ class Run:
 
 
 def iterate(run: Run) -> None:
-    """One step: rounds of sampling and scoring, old and reference log-probs, rewards, advantages, updates."""
+    """One step: rounds of sampling and scoring, reference and old log-probs, rewards, advantages, updates."""
     m, key = run.method, fold(run.seed, run.state.step)
     host, rollouts = collect(run, key)
     _check_roles(run, rollouts)
     arrays, shaped = run.state.arrays, []
     for rows in rollouts:  # one per trained policy; there may be none
         with run.clock("shape"):
-            rows = rows if rows.channels else verified(run, rows)
             batch = put(rows, run.layout, run.mesh, updates=run.updates)
-            batch = run.compiled.evaluate(batch)
+            batch = run.compiled.evaluate(batch, partial(with_scores, run, rows))  # the host scores meanwhile
             batch, arrays = run.compiled.shape(batch, arrays, fold(key, "shape", batch.role))
             shaped.append(batch)
     run.whole = False
@@ -118,6 +117,13 @@ def verified(run: Run, rows: Rollout) -> Rollout:
 
     with run.clock("reward"):
         return scored(rows, score)
+
+
+def with_scores(run: Run, rows: Rollout, batch: Batch) -> Batch:
+    """The batch of these rows with their scores; reward functions are asked unless the plan did."""
+    if rows.channels:
+        return batch
+    return put_scores(verified(run, rows), batch, run.layout, run.mesh, updates=run.updates)
 
 
 def dealt(run: Run, batch: Batch, key: Key) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +46,13 @@ class Compiled:
     def ahead(self, batch: Batch) -> Ahead:
         """Compile on other threads, in the order of need, what batches of these shapes go through. Nothing runs."""
         run, rows, twin = self.run, np.flatnonzero(jax.device_get(batch.prompt_ids) >= 0), copy.copy(self)
-        ahead = Ahead(batch, run.mesh)
+        ahead = Ahead(unscored(batch), run.mesh)
         twin._evaluate, twin._shape = (partial(ahead.compiled, program) for program in (self._evaluate, self._shape))
         twin._update = {role: partial(ahead.compiled, program) for role, program in self._update.items()}
 
-        def evaluate(batch: Batch) -> Batch:
-            made = twin.evaluate(batch)
+        def evaluate(bare: Batch) -> Batch:
+            scores = {name: getattr(batch, name) for name in ("scores", "channels", "channel_weights")}
+            made = twin.evaluate(bare, lambda batch: batch.replace(**scores))
             self._asks_for_old = twin._asks_for_old  # two threads that trace one function at a time trace it twice
             return made
 
@@ -63,13 +65,19 @@ class Compiled:
         self._ahead = ahead.then(evaluate, shape, *updates)
         return ahead
 
-    def evaluate(self, batch: Batch) -> Batch:
-        """`ref` where the method has a reference; `old` where something will ask for it."""
-        run = self.run
-        self._wait(0, batch)
+    def evaluate(self, batch: Batch, score: Callable[[Batch], Batch] = lambda batch: batch) -> Batch:
+        """`ref` where the method has a reference; `old` where something will ask for it; and what `score` adds.
+
+        The device is at work on the log-probs while the host scores.
+        """
+        run, bare = self.run, unscored(batch)
+        self._wait(0, bare)
         if "reference" in run.policies and batch.role == "policy":
-            batch = batch.replace(ref=self._pass(batch, "reference", "trained_under"))
-        return self.with_old(batch) if self._needs_old(batch) else batch
+            bare = bare.replace(ref=self._pass(bare, "reference", "trained_under"))
+        bare = self.with_old(bare) if self._needs_old(bare) else bare
+        batch = score(batch).replace(ref=bare.ref)
+        bare = self.with_old(bare) if self.asks_for_old(batch) else bare
+        return batch.replace(old=bare.old)
 
     def with_old(self, batch: Batch) -> Batch:
         """`old` from a pass of its own, unless it is there."""
@@ -109,8 +117,9 @@ class Compiled:
         return lay_out(under, rows, layout, capacity=capacity)
 
     def _needs_old(self, batch: Batch) -> bool:
+        """Whether `old` is needed as far as is known before there are scores."""
         pointers = jax.device_get((batch.sampled_under, batch.trained_under))
-        return self.run.updates * self.run.passes > 1 or not np.array_equal(*pointers) or self.asks_for_old(batch)
+        return self.run.updates * self.run.passes > 1 or not np.array_equal(*pointers) or bool(self._asks_for_old)
 
     def asks_for_old(self, batch: Batch) -> bool:
         """Whether a seam reads the old policy's log-probs."""
@@ -146,3 +155,8 @@ class Compiled:
         return train_step(
             run.method, self._evaluator(role), run.optimizer, run.mesh, policy, batch, arrays, order, count, first=first
         )
+
+
+def unscored(batch: Batch) -> Batch:
+    """The batch as it is before its rows are scored, which is all that the passes see: they are compiled once."""
+    return batch.replace(scores=np.zeros((len(batch), 0), np.float32), channels=(), channel_weights=())

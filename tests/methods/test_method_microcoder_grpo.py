@@ -105,19 +105,16 @@ def test_against_loops(make, ratio, seed):
 
 
 def driven(make, method, different, state):
-    """Answers with completions of which, at a temperature, that many of four are different."""
-    asked, scored = [], []
+    """Answers with completions of which, at a temperature, that many of four are different. Nothing is scored."""
+    asked = []
     draw = lambda state, n: [Prompt(i, f"prompt {i}") for i in range(n)]  # noqa: E731
     plan, answer = method.plan(state, draw, None), None
     while True:
         try:
             ask = plan.send(answer)
         except StopIteration as end:
-            return asked, scored, *end.value
-        if isinstance(ask, Rollout):
-            scored.append(ask)
-            answer = ask
-            continue
+            return asked, *end.value
+        assert not isinstance(ask, Rollout)
         asked.append(ask)
         rows = make.rollout([r.prompt.id for r in ask for _ in range(4)], group_ids=np.repeat(range(len(ask)), 4))
         kinds = np.tile(np.minimum(np.arange(4), different[ask[0].temperature] - 1), len(ask))
@@ -128,20 +125,20 @@ def test_the_lowest_temperature_that_is_diverse_enough(make):
     """Four of a kind: 0; three and one: half of the pairs differ; all: 1. Measured once, in the first step."""
     method = resolve(make, temperatures=[1.2, 0.6, 0.9, 1.5], diversity=0.7)
     state = method.init(None)
-    asked, scored, host, rollouts = driven(make, method, {0.6: 1, 0.9: 2, 1.2: 4, 1.5: 4}, state)
+    asked, host, rollouts = driven(make, method, {0.6: 1, 0.9: 2, 1.2: 4, 1.5: 4}, state)
     assert [a[0].temperature for a in asked] == [0.6, 0.9, 1.2, 1.2] and host == {"temperature": 1.2}
-    assert [r.prompt.id for r in asked[0]] == [r.prompt.id for r in asked[-1]] and len(scored) == len(rollouts) == 1
-    asked, _, host, _ = driven(make, method, {1.2: 1}, State(1, {}, host))
+    assert [r.prompt.id for r in asked[0]] == [r.prompt.id for r in asked[-1]] and len(rollouts) == 1
+    asked, host, _ = driven(make, method, {1.2: 1}, State(1, {}, host))
     assert [a[0].temperature for a in asked] == [1.2] and host == {"temperature": 1.2}
     lowest = resolve(make, temperatures=[0.6, 0.9], diversity=0.5)
-    assert driven(make, lowest, {0.6: 2, 0.9: 4}, state)[2] == {"temperature": 0.6}
+    assert driven(make, lowest, {0.6: 2, 0.9: 4}, state)[1] == {"temperature": 0.6}
     highest = resolve(make, temperatures=[0.6, 0.9], diversity=0.9)
-    assert driven(make, highest, {0.6: 1, 0.9: 2}, state)[2] == {"temperature": 0.9}
+    assert driven(make, highest, {0.6: 1, 0.9: 2}, state)[1] == {"temperature": 0.9}
 
 
 def test_without_candidates_the_configured_temperature(make):
     method = resolve(make)
-    asked, _, host, _ = driven(make, method, {None: 1}, method.init(None))
+    asked, host, _ = driven(make, method, {None: 1}, method.init(None))
     assert [a[0].temperature for a in asked] == [None] and host == {"temperature": None}
     assert {r.count for r in asked[0]} == {4} and method.group_size == 4
 

@@ -427,6 +427,54 @@ def test_old_is_evaluated_only_where_something_asks(toy):
                 np.testing.assert_allclose(batch.old.logps[i, : len(tokens)], expected, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "changes, updates, orders",
+    [
+        ({}, 1, ["reference scores"] * 2),
+        ({}, 2, ["reference policy scores"] * 2),
+        ({"reward": asks_in_reward}, 1, ["reference scores policy", "reference policy scores"]),
+    ],
+    ids=["reference", "two updates", "a reward that asks, which the first scores show"],
+)
+def test_the_host_scores_once_the_device_has_the_log_probs_to_make(toy, changes, updates, orders):
+    run, _, verifier, logged = make(toy, plain(kl=0.1).replace(**changes), updates=updates)
+    order, passes = [], run.compiled._evaluate
+
+    def verify(prompts, rows, texts, step):
+        order.append("scores")
+        rows = verifier(prompts, rows, texts, step)
+        return rows.replace(columns=rows.columns | {"said": np.arange(len(rows), dtype=np.float32)})
+
+    run.verify = verify
+    run.compiled._evaluate = lambda *a, role: (order.append(role), passes(*a, role=role))[1]
+    for step, expected in enumerate(orders):
+        with CompileCounter() as counter:
+            iterate(run)
+        assert order == expected.split() and (step == 0 or counter.total.count == 0)
+        order.clear()
+        batch, rows = logged[-1][0], verifier.seen[-1][1]
+        np.testing.assert_array_equal(
+            batch.scores[: len(rows), 0], np.float32((rows.completions == 1).sum(1) / rows.lengths)
+        )
+        np.testing.assert_array_equal(batch.columns["said"][: len(rows)], np.arange(len(rows)))
+        assert batch.channels == ("ones",) and batch.channel_weights == (1.0,) and batch.ref is not None
+
+
+def test_rows_that_the_plan_has_scored_go_through_the_same_programs(toy):
+    def plan(state, draw, key):
+        rows = yield [Request(p, count=3) for p in draw(state, 4)]
+        if state.step:
+            rows = yield rows
+        return state.host, [rows]
+
+    run, _, verifier, logged = make(toy, plain(kl=0.1).replace(plan=plan))
+    for compiles in (True, False):
+        with CompileCounter() as counter:
+            iterate(run)
+        assert bool(counter.total.count) == compiles
+    assert len(verifier.seen) == len(logged) == 2 and all(batch.channels == ("ones",) for batch, _ in logged)
+
+
 def hinted(state, draw, key):
     rows = yield (yield [Request(p, count=3, context="9", train_context=p.text) for p in draw(state, 4)])
     return state.host, [rows]
