@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from grpo_jax.types import PyTree
 
-GRIDS = 14  # at most: each is the decode step compiled once more
+GRIDS = 18  # at most: each is the decode step compiled once more
 FEWEST_DECISIONS = 256  # the tail of shorter rows does not pay for compiling the step again for every grid
 
 
@@ -36,7 +36,7 @@ def ladder(
 ) -> list[Grid]:
     """Grids from the whole one down to a few rows, each with a step that takes a part of the time of the one before.
 
-    by_rows: a step takes as long as its rows do and 8 more, for which the weights are read; four fifths of that time
+    by_rows: a step takes as long as its rows do and 8 more, for which the weights are read; five sixths of that time
     are then worth a grid, down to four rows on a device. Else it takes as long as reading the weights does, whatever
     the rows; halves are then enough, down to eight.
     context: tokens of a context. Narrow slots are filled best, as contexts lose their rows unevenly; but each holds its
@@ -44,7 +44,7 @@ def ladder(
     would take more than a quarter of the memory of the first smaller grid's own tokens.
     """
     grids, rows = [Grid(contexts, width, shards)], contexts * width / shards
-    ratio, more, fewest = (1.25, 8, 4) if by_rows else (2.0, 0, 8)
+    ratio, more, fewest = (1.2, 8, 4) if by_rows else (2.0, 0, 8)
     ratio = max(ratio, ((rows + more) / (fewest + more)) ** (1 / (GRIDS - 1)))
     smaller = lambda rows: (rows + more) / ratio - more  # noqa: E731
     room = smaller(rows) * shards * decisions / (4 * max(context, 1))
