@@ -99,6 +99,7 @@ PLAN: dict[str, list[tuple]] = {
     "ragged": [
         ("ours", "ragged --opt group=8", 60),
         ("ours", "ragged --opt group=32", 120),
+        ("ours", "ragged --opt group=128", 140),
     ],
     "fused": [("ours", "fused", 60)],
 }

@@ -156,6 +156,7 @@ TARGETS = [
     Target("compilations after the first step", later_compilations, None, 0, 0, smaller=True),
     Target("ragged against uniform, 64 rows", ours("ragged", "against_uniform"), None, 0.6, 0.8),
     Target("ragged against uniform, 256 rows", ours("ragged", "against_uniform", at=1), None, 0.6, 0.8),
+    Target("ragged against uniform, 1,024 rows", ours("ragged", "against_uniform", at=2), None, 0.6, 0.8),
     Target("sampler-trainer gap, float32", ours("gap", "gap_max", dtype=F32), None, 2e-5, 0, smaller=True),
     Target(
         "the same, bfloat16, over the gap between shapes",
