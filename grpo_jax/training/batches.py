@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,10 @@ from grpo_jax.training.deal import Layout
 from grpo_jax.training.mesh import replicate
 from grpo_jax.types import Batch, Contexts, Rollout
 
+FILL = dict.fromkeys(("prompt_ids", "group_ids", "update_ids", "unit_ids"), -1)
+FILL |= dict.fromkeys(("behavior_logps", "scores"), np.nan)
+WIDE = {"completions", "completion_mask", "behavior_logps", "sampler_logps", "unit_ids"}
+
 
 def put(rows: Rollout, layout: Layout, mesh: Mesh, *, updates: int) -> Batch:
     """Onto the mesh, padded to few sizes. Every array is replicated: statistics over rows are then the same bits
@@ -19,11 +24,11 @@ def put(rows: Rollout, layout: Layout, mesh: Mesh, *, updates: int) -> Batch:
     return replicate(padded(rows, layout, updates=updates), mesh)
 
 
-def put_scores(rows: Rollout, batch: Batch, layout: Layout, mesh: Mesh, *, updates: int) -> Batch:
+def put_scores(rows: Rollout, batch: Batch, mesh: Mesh) -> Batch:
     """The batch of these rows with what reward functions have said of them since: scores, channels and columns."""
-    whole = padded(rows, layout, updates=updates)
-    scores, columns = replicate((whole.scores, whole.columns), mesh)
-    return batch.replace(scores=scores, columns=columns, channels=rows.channels, channel_weights=rows.channel_weights)
+    sizes = rows.completions.shape, batch.completions.shape
+    scores, columns = (replicate(_resized(x, *sizes), mesh) for x in ({"scores": rows.scores}, rows.columns))
+    return batch.replace(**scores, columns=columns, channels=rows.channels, channel_weights=rows.channel_weights)
 
 
 def padded(rows: Rollout, layout: Layout, *, updates: int) -> Batch:
@@ -33,20 +38,10 @@ def padded(rows: Rollout, layout: Layout, *, updates: int) -> Batch:
     slots = layout.contexts * layout.sweeps * updates  # what a whole step fills: fewer rows do not change a shape
     size, contexts_size = _fit(n, slots * layout.rows), _fit(c, slots)
     decisions, context_width = _fit(t, layout.decisions), _fit(p, layout.context_width)
-    fill = dict.fromkeys(("prompt_ids", "group_ids", "update_ids", "unit_ids"), -1)
-    fill |= dict.fromkeys(("behavior_logps", "scores"), np.nan)
-    wide = {"completions", "completion_mask", "behavior_logps", "sampler_logps", "unit_ids"}
-
-    def resized(name: str, x: Any) -> np.ndarray:
-        x = np.asarray(x)
-        shape = [size, *x.shape[1:]]
-        if name in wide or (x.ndim > 1 and x.shape[1] == t and name != "scores"):
-            shape[1] = decisions
-        return _enlarged(x, shape, fill.get(name, 0))
-
     apart = {"contexts", "columns", "role", "channels", "channel_weights"}
     names = [field.name for field in dataclasses.fields(Rollout) if field.name not in apart]
-    fields = {f: resized(f, getattr(rows, f)) for f in names if getattr(rows, f) is not None}
+    there = {f: getattr(rows, f) for f in names if getattr(rows, f) is not None}
+    fields = _resized(there, (n, t), (size, decisions))
     fields["weights"] = np.where(fields["completion_mask"].any(axis=1), fields["weights"], 0).astype(np.float32)
     contexts = Contexts(
         tokens=_enlarged(rows.contexts.tokens, [contexts_size, context_width]),
@@ -55,12 +50,24 @@ def padded(rows: Rollout, layout: Layout, *, updates: int) -> Batch:
     )
     return Batch(
         contexts=contexts,
-        columns={k: resized(k, v) for k, v in rows.columns.items()},
+        columns=_resized(rows.columns, (n, t), (size, decisions)),
         role=rows.role,
         channels=rows.channels,
         channel_weights=rows.channel_weights,
         **fields,
     )
+
+
+def _resized(arrays: Mapping[str, Any], before: tuple[int, ...], after: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Arrays of rows [N, ...], some of decisions [N, T, ...], by name, with (N, T) enlarged."""
+
+    def enlarged(name: str, x: np.ndarray) -> np.ndarray:
+        shape = [after[0], *x.shape[1:]]
+        if name in WIDE or (x.ndim > 1 and x.shape[1] == before[1] and name != "scores"):
+            shape[1] = after[1]
+        return _enlarged(x, shape, FILL.get(name, 0))
+
+    return {name: enlarged(name, np.asarray(x)) for name, x in arrays.items()}
 
 
 def _enlarged(x: np.ndarray, shape: list[int], value: Any = 0) -> np.ndarray:

@@ -121,9 +121,7 @@ def verified(run: Run, rows: Rollout) -> Rollout:
 
 def with_scores(run: Run, rows: Rollout, batch: Batch) -> Batch:
     """The batch of these rows with their scores; reward functions are asked unless the plan did."""
-    if rows.channels:
-        return batch
-    return put_scores(verified(run, rows), batch, run.layout, run.mesh, updates=run.updates)
+    return batch if rows.channels else put_scores(verified(run, rows), batch, run.mesh)
 
 
 def dealt(run: Run, batch: Batch, key: Key) -> list[np.ndarray]:
