@@ -250,6 +250,7 @@ class Experiment(Viewed):
             clock=run.clock,
             compiled=self.compiled,
             truncated_limit=config.training.truncated_limit,
+            exact=config.model.exact,
             prompt=self.pool.__getitem__,
             decode=self.model.tokenizer.decode,
         )

@@ -20,12 +20,14 @@ from grpo_jax.types import Batch, Decisions, Key, Method, Prompt, PyTree, Reques
 Model = assemble.Model
 
 
-def load(path: str | Path, *, tokenizer: str | None = None, mesh: Any = None) -> Model:
+def load(path: str | Path, *, tokenizer: str | None = None, mesh: Any = None, exact: bool = False) -> Model:
     """A policy from a Hugging Face directory: config, graphdef, params (float32), tokenizer, mesh.
 
+    exact: `sample_groups` and `evaluate` give the same log-probs to the bit, whatever the shapes, and take longer.
     Raises: ValueError or FileNotFoundError naming what is wrong with the directory.
     """
-    return assemble.load_model(path, tokenizer=tokenizer, mesh=mesh)
+    model = assemble.load_model(path, tokenizer=tokenizer, mesh=mesh)
+    return model.exact() if exact else model
 
 
 def sample_groups(

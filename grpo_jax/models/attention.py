@@ -19,6 +19,11 @@ def softcap(x: Float[Array, ...], cap: float | None) -> Float[Array, ...]:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def product(letters: str, one: Float[Array, "..."], other: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An einsum in the dtype of the second, with sums and result in float32."""
+    return jnp.einsum(letters, one.astype(other.dtype), other, preferred_element_type=jnp.float32)
+
+
 def rotary_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "half"]:
     """Angular frequencies of the rotary embedding, θ^(-2i/D), stretched as `rope` says. Host only.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.models.attention import MASKED
+from grpo_jax.models.attention import MASKED, product
 
 KEPT = "kept"  # the name of what a layer keeps for its backward pass
 _BANDS, _NARROWEST = 8, 64  # keys above the diagonal are skipped in so many steps, of so many queries at least
@@ -102,7 +102,7 @@ def _forward(options: _Options, queries: Array, own: tuple, context: tuple | Non
         for s, part in zip(scores, parts):
             weights = jnp.exp(s - part.rows(top))
             mass += weights.sum(axis=-1).reshape(top.shape)
-            out += _product("ckgmt,ckgtd->ckgmd", weights, part.values).reshape(q.shape)
+            out += product("ckgmt,ckgtd->ckgmd", weights, part.values).reshape(q.shape)
         return None, ((out / mass).astype(queries.dtype), top + jnp.log(mass))
 
     out, normalizer = (checkpoint_name(x, KEPT) for x in _sweep(options, block, None)[1])
@@ -119,9 +119,9 @@ def _backward(options: _Options, kept: tuple, slope: Array):
         for part, (d_keys, d_values) in zip(_parts(options, first, size, end, own, context, place), sums):
             scores, bend = _scores(options, q, part)
             weights = jnp.exp(scores - part.rows(norm))
-            d_weights = _product("ckgmd,ckgtd->ckgmt", part.rows(pull), part.values) - part.rows(mean)
+            d_weights = product("ckgmd,ckgtd->ckgmt", part.rows(pull), part.values) - part.rows(mean)
             d_scores = weights * d_weights * (options.scale * bend)
-            d_q += _product("ckgmt,ckgtd->ckgmd", d_scores, part.keys).reshape(q.shape)
+            d_q += product("ckgmt,ckgtd->ckgmd", d_scores, part.keys).reshape(q.shape)
             more = (_over_queries(w, part.rows(x)) for w, x in ((d_scores, q), (weights, pull)))
             near = part.keys.shape[3]
             added.append(tuple(s.at[:, :, :, :near].add(x) for s, x in zip((d_keys, d_values), more)))
@@ -182,7 +182,7 @@ def _parts(options: _Options, first, size: int, end: int, own: tuple, context: t
 
 def _scores(options: _Options, q: Array, part: _Part) -> tuple[Float[Array, "C Hkv g M K"], Array | float]:
     """Masked scores, and the slope of the cap."""
-    scores = _product("ckgmd,ckgtd->ckgmt", part.rows(q), part.keys) * options.scale
+    scores = product("ckgmd,ckgtd->ckgmt", part.rows(q), part.keys) * options.scale
     bend: Array | float = 1.0
     if options.softcap is not None:
         bent = jnp.tanh(scores / options.softcap)
@@ -190,13 +190,9 @@ def _scores(options: _Options, q: Array, part: _Part) -> tuple[Float[Array, "C H
     return jnp.where(part.seen, scores, MASKED), bend
 
 
-def _product(letters: str, one: Array, other: Array) -> Float[Array, "..."]:
-    return jnp.einsum(letters, one.astype(other.dtype), other, preferred_element_type=jnp.float32)
-
-
 def _over_queries(weights: Float[Array, "C Hkv g M K"], x: Float[Array, "C Hkv g M D"]) -> Float[Array, "C Hkv g K D"]:
     queries = weights.shape[3]
     if queries > _FEW:
-        return _product("ckgmt,ckgmd->ckgtd", weights, x)
+        return product("ckgmt,ckgmd->ckgtd", weights, x)
     one_by_one = (weights[..., m, :, None] * x[..., m, None, :].astype(jnp.float32) for m in range(queries))
     return functools.reduce(jnp.add, one_by_one)

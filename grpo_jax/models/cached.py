@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.attention import MASKED, softcap
+from grpo_jax.models.attention import MASKED, product, softcap
 from grpo_jax.models.kernels import attend_newest, on_cpu, on_tpu
 
 
@@ -133,20 +133,20 @@ def attend_cached(
     def context() -> _Heard:
         keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in prefix)
         place = jnp.arange(P, dtype=jnp.int32)
-        scores = _product("ckgsrd,ckdp->ckgsrp", jnp.swapaxes(by_row, 1, 2), keys)
+        scores = product("ckgsrd,ckdp->ckgsrp", jnp.swapaxes(by_row, 1, 2), keys)
         scores = masked(scores, place, place < start)
         top = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - top[..., None])  # where nothing is seen, own columns make them 0
-        heard = _Heard(_product("ckgsrp,ckpd->ckgsrd", weights, values), top, weights.sum(axis=-1))
+        heard = _Heard(product("ckgsrp,ckpd->ckgsrd", weights, values), top, weights.sum(axis=-1))
         return _Heard(*(jnp.swapaxes(x, 1, 2) for x in heard))
 
     def add(block: Array | int, heard: _Heard) -> _Heard:
         keys, values = (_cut(x, layer, block, 1, C * G // shards).reshape(C, G, *x.shape[4:]) for x in own)
         place = start + block * T + jnp.arange(T, dtype=jnp.int32)
-        scores = masked(_product("cgksrd,cgkdt->cgksrt", by_row, keys), place, True)
+        scores = masked(product("cgksrd,cgkdt->cgksrt", by_row, keys), place, True)
         top = jnp.maximum(heard.top, jnp.max(scores, axis=-1))
         shrunk, weights = jnp.exp(heard.top - top), jnp.exp(scores - top[..., None])
-        total = heard.total * shrunk[..., None] + _product("cgksrt,cgktd->cgksrd", weights, values)
+        total = heard.total * shrunk[..., None] + product("cgksrt,cgktd->cgksrd", weights, values)
         return _Heard(total, top, heard.mass * shrunk + weights.sum(axis=-1))
 
     if P:
@@ -171,7 +171,3 @@ class _Heard(NamedTuple):
     total: Float[Array, "C G Hkv S R D"]
     top: Float[Array, "C G Hkv S R"]
     mass: Float[Array, "C G Hkv S R"]
-
-
-def _product(letters: str, one: Array, other: Array) -> Float[Array, "..."]:
-    return jnp.einsum(letters, one.astype(other.dtype), other, preferred_element_type=jnp.float32)

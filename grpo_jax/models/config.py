@@ -73,6 +73,7 @@ class TransformerConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    exact: bool = False  # arithmetic as in `models.exact`
 
     def __post_init__(self) -> None:
         heads = ("num_heads", "num_kv_heads", "head_dim")

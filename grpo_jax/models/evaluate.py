@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from grpo_jax.losses import chunked_logps
 from grpo_jax.models.config import TransformerConfig
+from grpo_jax.models.exact import in_tiles
 from grpo_jax.models.kernels import on_tpu
 from grpo_jax.models.sharding import parts
-from grpo_jax.models.transformer import merge
+from grpo_jax.models.transformer import Transformer, merge
 from grpo_jax.types import Batch, Decisions, PyTree
 
 TO_SPARE = 2**26  # bytes
@@ -51,12 +54,10 @@ def evaluate(
     tokens = c * (rows.contexts.tokens.shape[1] + g * t)
     remat = outweighs(model.config, tokens, params) if remat is None else remat
     hidden = model(rows.contexts.tokens, before, inputs, remat=remat)
-    turns, chunk = in_fast_memory(hidden) if on_tpu() else (1, None)
-    head, options = model.head(), {"softcap": model.config.final_softcap, "entropy": "entropy" in wants}
+    turns, chunk = in_fast_memory(hidden) if on_tpu() and not model.config.exact else (1, None)
 
     def say(x: tuple[Array, Array, Array]) -> tuple[Array, dict[str, Array]]:
-        hidden, targets, temperature = x
-        return chunked_logps(hidden, head, targets, temperature=temperature, chunk=chunk, **options)
+        return logps_of(model, *x, entropy="entropy" in wants, chunk=chunk)
 
     asked = hidden, targets, rows.temperature.reshape(c, g)
     if turns == 1:
@@ -66,6 +67,33 @@ def evaluate(
         said = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), jax.lax.map(say, runs))
     logps, stats = jax.tree.map(lambda x: x.reshape(n, t), said)
     return Decisions(logps=logps, stats=stats)
+
+
+def logps_of(
+    model: Transformer,
+    hidden: Float[Array, "C G *T E"],
+    targets: Int[Array, "C G *T"],
+    temperature: Float[Array, "C G"],
+    *,
+    entropy: bool = False,
+    chunk: int | None = None,
+    axis: str = "C",
+) -> tuple[Float[Array, "C G *T"], dict[str, Float[Array, "C G *T"]]]:
+    """`chunked_logps` by a model's head. axis: what C is, a letter of `kernels.placement.LETTERS`."""
+    head, options = model.head(), {"softcap": model.config.final_softcap}
+    if not model.config.exact:
+        return chunked_logps(hidden, head, targets, temperature=temperature, chunk=chunk, entropy=entropy, **options)
+    by_token = temperature.reshape(*temperature.shape, *[1] * (targets.ndim - temperature.ndim))
+    say = lambda function: in_tiles(function, hidden, targets, by_token, weights=head, axis=axis)  # noqa: E731
+    logps, _ = say(partial(_of_one, **options))
+    # the entropy by itself: compiled together, it would change the log-probs' last bits
+    return logps, say(partial(_of_one, entropy=True, **options))[1] if entropy else {}
+
+
+def _of_one(head: Array, hidden: Array, targets: Array, temperature: Array, **options: Any) -> tuple[Array, dict]:
+    """Each decision as a row of one."""
+    said = chunked_logps(hidden[..., None, :], head, targets[..., None], temperature=temperature, **options)
+    return jax.tree.map(lambda x: x[..., 0], said)
 
 
 def outweighs(config: TransformerConfig, tokens: int, params: PyTree) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.models.attention import rotate
 from grpo_jax.models.blocked import KEPT
 from grpo_jax.models.config import TransformerConfig
+from grpo_jax.models.exact import in_tiles
 from grpo_jax.models.kernels import on_tpu
 from grpo_jax.models.quantised import Quantised, times
 from grpo_jax.models.sharding import divided
@@ -190,12 +192,33 @@ class Layer(nnx.Module):
 
         axes: the logical axes of x, as far as a mesh may divide them.
         """
-        config = self.config
-        heads, kept = mix(*self.attention.project(norm(x, self.attention_norm, config), angles))
-        y = self.attention.merge(heads)
+        if not self.config.exact:
+            heads, kept = mix(*self.project(x, *angles))
+            return divided(self.merge(x, heads), axes), kept
+        graphdef, weights = nnx.split(self)
+        tiled = partial(in_tiles, weights=nnx.to_pure_dict(weights), axis="S" if axes == "cells" else "C")
+        named = partial(jax.tree.map, partial(checkpoint_name, name=KEPT))
+        heads, kept = mix(*named(tiled(partial(_project, graphdef), x, *angles)))
+        return divided(tiled(partial(_merge, graphdef), x, named(heads)), axes), kept
+
+    def project(self, x: Float[Array, "*N E"], cosine: Array, sine: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values."""
+        return self.attention.project(norm(x, self.attention_norm, self.config), (cosine, sine))
+
+    def merge(self, x: Float[Array, "*N E"], heads: Float[Array, "*N H D"]) -> Float[Array, "*N E"]:
+        """What comes out of the layer, given what the heads read."""
+        config, y = self.config, self.attention.merge(heads)
         x = checkpoint_name(x + (norm(y, self.attention_post_norm, config) if config.post_norms else y), KEPT)
         y = self.mlp(norm(x, self.mlp_norm, config))
-        return divided(x + (norm(y, self.mlp_post_norm, config) if config.post_norms else y), axes), kept
+        return x + (norm(y, self.mlp_post_norm, config) if config.post_norms else y)
+
+
+def _project(graphdef: nnx.GraphDef, weights: PyTree, *tokens: Array) -> tuple[Array, Array, Array]:
+    return nnx.merge(graphdef, weights).project(*tokens)
+
+
+def _merge(graphdef: nnx.GraphDef, weights: PyTree, *tokens: Array) -> Array:
+    return nnx.merge(graphdef, weights).merge(*tokens)
 
 
 def product(x: Float[Array, "*N I"], matrix: Float[Array, "I O"] | Quantised) -> Float[Array, "*N O"]:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.models import exact
 from grpo_jax.models.attention import NOWHERE, rotary_frequencies
 from grpo_jax.models.blocked import KEPT
 from grpo_jax.models.cached import KeysValues, arranged, attend_cached, block_columns, written
@@ -56,6 +57,7 @@ class Transformer(nnx.Module):
 
     def prefill(self, tokens: Int[Array, "C P"], lengths: Int[Array, "C"]) -> KeysValues:
         """Keys and values of contexts. Those at or beyond a context's length are finite and mean nothing."""
+        tokens = self._whole(tokens)
         P = tokens.shape[1]
 
         def layer(block: Layer, setting: _Setting, x: Array, _: None) -> tuple[Array, KeysValues]:
@@ -65,7 +67,7 @@ class Transformer(nnx.Module):
 
             return block(x, self._pick(angles, setting), mix, axes="cells")
 
-        angles = self._angles(jnp.arange(P, dtype=jnp.int32), P)
+        angles = self._angles(jnp.arange(P, dtype=jnp.int32)[None], P)
         return self._scan(layer, self._embed(tokens, "cells"))[1]
 
     def decode(
@@ -94,6 +96,9 @@ class Transformer(nnx.Module):
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
                 # the whole cache is carried, so that XLA writes the new columns in place
                 cache = written(own, key, value, setting.index, column)
+                if self.config.exact:
+                    place = setting.index, column, setting.window
+                    return exact.attend_cached(self.config, query, prefix, lengths, cache, *place), cache
                 heard = attend_cached(
                     query,
                     positions,
@@ -112,7 +117,7 @@ class Transformer(nnx.Module):
 
         angles = self._angles(positions[:, None], prefix.values.shape[-2] + T)
         (x, own), _ = self._scan(layer, (self._embed(tokens, "cells"), own))
-        return norm(x, self.norm, self.config), own
+        return self._last(x, "S"), own
 
     def __call__(
         self,
@@ -131,8 +136,8 @@ class Transformer(nnx.Module):
         and with `remat` nothing but its input.
         """
         _, G, T = tokens.shape
-        cut = parts("tokens") if T % parts("tokens") == 0 else 1
-        contexts = jnp.pad(contexts, ((0, 0), (0, -contexts.shape[1] % cut)))  # beyond their lengths: nobody sees it
+        cut = parts("tokens") if T % parts("tokens") == 0 and not self.config.exact else 1
+        contexts = self._whole(contexts, cut)
         C, P = contexts.shape
         axes = "contexts tokens" if cut > 1 else "contexts"
         within = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (C, P))
@@ -148,11 +153,11 @@ class Transformer(nnx.Module):
         angles = self._angles(laid(within, jnp.broadcast_to(columns[:, None], (C, G, T)), cut), P + T)
         x = self._embed(laid(contexts, tokens, cut), axes)
         x = self._scan(layer, x, remat=remat, gather=True)[0]
-        return norm(parted(x, P, G, cut)[1], self.norm, self.config)
+        return self._last(parted(x, P, G, cut)[1], "C")
 
     def empty(self, C: int, G: int, T: int, dtype: Any, *, shards: int = 1) -> KeysValues:
         """An own cache of zeros for C contexts of G rows of at least T columns, divided over so many devices."""
-        width, size = block_columns(T), self.config.head_dim
+        width, size = exact.keys_at_once() if self.config.exact else block_columns(T), self.config.head_dim
         blocks = (self.config.num_layers, -(-T // width), shards, C * G // shards, self.config.num_kv_heads)
         nothing = (jnp.zeros((*blocks, *last), dtype) for last in ((size, width), (width, size)))
         return KeysValues(*(divided(x, "layers whole cells whole kv_heads") for x in nothing))
@@ -164,6 +169,8 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "N E"]) -> Float[Array, "V N"]:
         """In float32, before `softcap`."""
+        if self.config.exact:
+            return exact.in_tiles(_logits, hidden, weights=self.head(), axis="S").T
         matrix, scale = self._head(), None
         if isinstance(matrix, Quantised):
             matrix, scale = matrix.values.astype(hidden.dtype), matrix.scale.T
@@ -175,6 +182,16 @@ class Transformer(nnx.Module):
 
     def _head(self) -> Float[Array, "E V"] | Quantised:
         return self.embedding[...].T if self.config.tie_embeddings else self.unembedding[...]
+
+    def _whole(self, contexts: Int[Array, "C P"], parts: int = 1) -> Int[Array, "C P"]:
+        """Padded: there is nothing that anybody sees."""
+        multiple = exact.keys_at_once() if self.config.exact else parts
+        return jnp.pad(contexts, ((0, 0), (0, -contexts.shape[1] % multiple)))
+
+    def _last(self, x: Float[Array, "*N E"], axis: str) -> Float[Array, "*N E"]:
+        if self.config.exact:
+            return exact.in_tiles(partial(_norm, self.config), x, weights=self.norm[...], axis=axis)
+        return norm(x, self.norm, self.config)
 
     def _embed(self, tokens: Int[Array, "*N"], axes: str) -> Float[Array, "*N E"]:
         # clipped, because a stray padding id must stay finite: NaN survives a mask in the gradient
@@ -227,6 +244,8 @@ class Transformer(nnx.Module):
         config, T = self.config, (query.shape[1] - P) // max(G, 1)
         options = {"scale": config.score_scale, "softcap": config.attention_softcap, "P": P}
         arrays = (query, key, value, lengths)
+        if config.exact:
+            return exact.attend_together(config, P, G, axis, arrays[:3], lengths, setting.window)
         if on_tpu() and (cut == 1 or setting.window is None):
             window = None if setting.window is None else config.sliding_window
             some = window is not None and not all(config.windowed)
@@ -264,6 +283,14 @@ class Transformer(nnx.Module):
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         inputs = (nnx.to_pure_dict(weights), setting, extra)
         return jax.lax.scan(body, carry, inputs, unroll=config.num_layers <= UNROLLED)
+
+
+def _norm(config: TransformerConfig, weight: Float[Array, "E"], x: Float[Array, "*N E"]) -> Float[Array, "*N E"]:
+    return norm(x, weight, config)
+
+
+def _logits(matrix: Float[Array, "E V"], hidden: Float[Array, "N E"]) -> Float[Array, "N V"]:
+    return jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef, PyTree]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def rehearse(config: Config, mesh: Mesh, *, memory: float | None = None) -> Rehe
     Prompts are stand-ins of the longest length allowed, with the columns that rewards ask for.
     Raises: ValueError as `train` would for a method, rewards, a model or a mesh that cannot be.
     """
-    shape = read_shape(config)
+    shape = dataclasses.replace(read_shape(config), exact=config.model.exact)
     graphdef, params = models.abstract(shape)
     params = placed(params, models.shardings(models.logical_axes(shape), mesh))
     model = assemble.Model(shape, graphdef, params, Blank(config.data.max_prompt), mesh)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.losses import chunked_logps
 from grpo_jax.models import KeysValues, merge, softcap
 from grpo_jax.models.cached import moved
+from grpo_jax.models.evaluate import logps_of
 from grpo_jax.models.kernels import on_cpu
 from grpo_jax.sampling.choice import Chosen, choose, restrict
 from grpo_jax.sampling.compaction import Grid, Regrouped, ladder, put_back, regroup
@@ -122,8 +122,7 @@ def _begin(model, table: _Table, has_given: bool, shards: int) -> _Loop:
         inputs = jnp.concatenate([first[..., None], cells.given[..., :-1]], axis=-1)
         hidden, own = model.decode(inputs, table.prefix, cells.context_lengths - 1, own, start)
         there = jnp.arange(t_max) < cells.given_lengths[..., None]
-        options = {"temperature": _scale(cells), "softcap": model.config.final_softcap}
-        logps, _ = chunked_logps(hidden, model.head(), cells.given, **options)
+        logps, _ = logps_of(model, hidden, cells.given, _scale(cells), axis="S")
         drawn = drawn._replace(sampler_logps=jnp.where(there, logps, 0.0))
         start = jnp.min(jnp.where(wants_more, cells.given_lengths, t_max))
         first = jax.lax.dynamic_index_in_dim(inputs, start, axis=2, keepdims=False)
@@ -144,6 +143,9 @@ def _step(model, table: _Table, restricts: Restricts, loop: _Loop) -> _Loop:
     scaled = softcap(logits, model.config.final_softcap) / _scale(cells).reshape(-1)
     drawn_now = _choose(scaled, cells, table.keys, t, restricts)
     token, behavior, policy = (x.reshape(loop.active.shape) for x in drawn_now)
+    if model.config.exact:
+        logps, _ = logps_of(model, hidden[:, :, 0], token, _scale(cells), axis="S")
+        behavior, policy = jnp.where(behavior == policy, logps, behavior), logps
     chosen = loop.active & (t >= cells.given_lengths)
     tokens = _write(drawn.tokens, token, t, chosen)
     stopped = chosen & (t >= cells.minimum) & _ends_in_stop(tokens, jnp.broadcast_to(t, chosen.shape), cells)

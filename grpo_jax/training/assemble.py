@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -45,6 +46,11 @@ class Model(NamedTuple):
     params: PyTree
     tokenizer: data.Tokenizer
     mesh: Mesh
+
+    def exact(self) -> Model:
+        """The same, with arithmetic as in `models.exact`."""
+        config = dataclasses.replace(self.config, exact=True)
+        return self._replace(config=config, graphdef=models.abstract(config)[0])
 
 
 def load_model(path: str | Path, *, tokenizer: str | None = None, mesh: Mesh | None = None) -> Model:
@@ -97,8 +103,10 @@ def tiny_shape(config: Config, tokenizer: data.Tokenizer) -> models.TransformerC
 def open_model(config: Config) -> Model:
     mesh = make_mesh(**config.mesh.model_dump())
     if config.model.path == "tiny":
-        return tiny_model(config, mesh)
-    return load_model(config.model.path, tokenizer=config.data.tokenizer, mesh=mesh)
+        model = tiny_model(config, mesh)
+    else:
+        model = load_model(config.model.path, tokenizer=config.data.tokenizer, mesh=mesh)
+    return model.exact() if config.model.exact else model
 
 
 def language_model(

@@ -26,6 +26,7 @@ class Recorder:
     clock: Clock
     compiled: CompileCounter
     truncated_limit: float
+    exact: bool  # the sampler's log-probs should be those of training
     prompt: Callable[[int], Prompt]
     decode: Callable[[Any], str]
     batches: list[tuple[Batch, Reports]] = field(default_factory=list)
@@ -54,7 +55,7 @@ class Recorder:
             updates = {name: float(np.mean([r[name] for r in reports if name in r])) for name in sorted(names)}
             prefix = "" if batch.role == "policy" else f"{batch.role}/"
             numbers |= {prefix + name: value for name, value in (described | updates).items()}
-            self._warn(step, described, named)
+            self._warn(step, described | updates, named)
             if groups and not prefix:
                 self.writer.samples(step, [self.group(batch)])
         if not self.batches:
@@ -102,6 +103,11 @@ class Recorder:
         if described["truncated"] > self.truncated_limit:
             share = f"{described['truncated']:.0%}"
             warnings["truncated"] = f"{share} of the completions were cut off at sampling.max_new"
+        if self.exact and described.get("gap_max"):
+            warnings["gap_max"] = (
+                f"model.exact is on, but log-probs of sampling and of training differ by {described['gap_max']:.1g}: "
+                "on this backend arithmetic depends on shapes all the same"
+            )
         for kind in warnings.keys() - self.warned:
             self.warned.add(kind)
             self.note(f"step {step}: {warnings[kind]} (said once; {kind} in metrics.jsonl has every step)")

@@ -70,6 +70,11 @@ class ModelSection(Section):
         description="recompute activations in the backward pass: less memory, more time; null: where they would take "
         "more memory than weights, gradient and moments",
     )
+    exact: bool = Field(
+        False,
+        description="arithmetic that does not depend on shapes: log-probs of sampling and of training are the same to "
+        "the bit, and both take longer",
+    )
     tiny: TinySection = Field(TinySection(), description='sizes of the model that path "tiny" makes')
 
 
@@ -290,6 +295,16 @@ class Config(Section):
                 f"batch.tokens_per_device is {self.batch.tokens_per_device}, but one prompt and one completion may "
                 f"take {longest} tokens (data.max_prompt {self.data.max_prompt} + sampling.max_new "
                 f"{self.sampling.max_new}): raise the one to at least {longest}, or lower one of the others"
+            )
+        if self.model.exact and self.sampling.precision:
+            raise ValueError(
+                f"model.exact makes sampling and training compute the same, but sampling.precision is "
+                f"{self.sampling.precision!r}, which rounds the weights for sampling alone: leave out one of the two"
+            )
+        if self.model.exact and self.mesh.sequence != 1:
+            raise ValueError(
+                "model.exact needs all tokens of a completion on one device, but mesh.sequence is "
+                f"{self.mesh.sequence}: divide the weights with mesh.fsdp instead"
             )
         if self.sampling.min_new > self.sampling.max_new:
             raise ValueError(

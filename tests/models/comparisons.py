@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import TransformerConfig, load, merge, softcap
+from grpo_jax.models import TransformerConfig, abstract, load, merge, softcap
 from grpo_jax.types import PyTree
 
 
@@ -41,9 +42,12 @@ def greedy(graphdef, params: PyTree, tokens, lengths, count: int):
     return jax.lax.scan(step, (last, own), jnp.arange(count))[1].T
 
 
-def check_directory(path: Path, expected: dict[str, np.ndarray]) -> TransformerConfig:
+def check_directory(path: Path, expected: dict[str, np.ndarray], *, exact: bool = False) -> TransformerConfig:
     """Logits to 1e-4 and greedy tokens exactly, whether the prompt is all context, all row, or cut in two."""
     config, graphdef, params = load(path)
+    if exact:
+        config = dataclasses.replace(config, exact=True)
+        graphdef, _ = abstract(config)
     tokens, lengths, logits = expected["tokens"], expected["lengths"], expected["logits"]
     width = tokens.shape[1]
     for cut in (np.zeros(3, np.int32), np.array([11, 3, 5], np.int32)):

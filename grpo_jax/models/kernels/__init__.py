@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.kernels.placement import attention_path, on_cpu, on_tpu, per_device
 
-__all__ = ["attend_newest", "attend_sequence", "attention_path", "on_cpu", "on_tpu"]
+__all__ = ["attend_newest", "attend_sequence", "attention_path", "on_cpu", "on_tpu", "per_device"]
 
 
 def attend_newest(

@@ -1,0 +1,272 @@
+"""Arithmetic that does not depend on what is computed beside it: a token has the same bits in the sampler's steps and
+in training, whatever the number of rows, their lengths and the padding.
+
+How a backend adds up a product or a sum follows from its shape and from what is compiled around it. So shapes are fixed
+here, inside of loops that the compiler cannot open: what is done token by token is done in tiles of so many tokens, and
+attention has so many queries and keys at a time. That is the forward pass; gradients are those of the plain functions.
+`python -m benchmarks.exact` counts what differs on a backend all the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.models.attention import MASKED, product, softcap
+from grpo_jax.models.cached import KeysValues, arranged
+from grpo_jax.models.config import TransformerConfig
+from grpo_jax.models.kernels import on_cpu, per_device
+from grpo_jax.models.spread import attend_together as attend_plainly
+from grpo_jax.models.spread import parted
+from grpo_jax.types import PyTree
+
+QUERIES = 4  # of one matrix: of tokens of a row, or of rows of a context
+
+Window = Int[Array, ""] | int | None
+
+
+def tile() -> int:
+    """Tokens that go through a matrix at a time, fewer of which are padded."""
+    return 64 if on_cpu() else 256
+
+
+def keys_at_once() -> int:
+    """Keys of one block, in which contexts and own caches are whole."""
+    return 32 if on_cpu() else 128
+
+
+def in_tiles(function: Callable[..., PyTree], *tokens: Float[Array, "*N ..."], weights: PyTree, axis: str) -> PyTree:
+    """`function(weights, *tokens)`, which makes of arrays [*N, ...] others, each token of itself alone.
+
+    tokens: the first is [*N, E] and floating-point, the others broadcast to its [*N]. function: hashable. axis: what
+    the first dimension is, a letter of `kernels.placement.LETTERS`.
+    """
+    lead = tokens[0].shape[:-1]
+    return _in_tiles(function, axis, weights, [jnp.broadcast_to(x, (*lead, *x.shape[len(lead) :])) for x in tokens])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_tiles(function: Callable, axis: str, weights: PyTree, tokens: list[Array]) -> PyTree:
+    def local(weights: PyTree, tokens: list[Array]) -> PyTree:
+        lead, size = tokens[0].shape[:-1], tile()
+        count = math.prod(lead)
+        flat = [_padded(x.reshape(count, *x.shape[len(lead) :]), size) for x in tokens]
+        out = _turned(lambda x: function(weights, *x), [x.reshape(-1, size, *x.shape[1:]) for x in flat])
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count].reshape(*lead, *x.shape[2:]), out)
+
+    return per_device(local, [weights, tokens], ["", axis], axis)
+
+
+def _in_tiles_forward(function: Callable, axis: str, weights: PyTree, tokens: list[Array]) -> tuple[PyTree, tuple]:
+    return _in_tiles(function, axis, weights, tokens), (weights, tokens)
+
+
+def _in_tiles_backward(function: Callable, axis: str, kept: tuple, slopes: PyTree) -> tuple:
+    return jax.vjp(lambda weights, tokens: function(weights, *tokens), *kept)[1](slopes)
+
+
+_in_tiles.defvjp(_in_tiles_forward, _in_tiles_backward)
+
+
+def attend_cached(
+    config: TransformerConfig,
+    queries: Float[Array, "C G S H D"],
+    prefix: KeysValues,
+    lengths: Int[Array, " C"],
+    own: KeysValues,
+    layer: Int[Array, ""] | int,
+    column: Int[Array, ""] | int,
+    window: Window,
+) -> Float[Array, "C G S H D"]:
+    """`cached.attend_cached`: of the rows' own tokens from `column`, a multiple of `QUERIES` unless S is 1."""
+    arguments = [queries, prefix, lengths, own, *(jnp.asarray(x, jnp.int32) for x in (layer, column))]
+    axes = ["SGMH", "LSH", "S", "LBSNH", "", ""]
+    return _over_devices(functools.partial(_attend, config), arguments, axes, window, "SGMH")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def attend_together(
+    config: TransformerConfig,
+    P: int,
+    G: int,
+    axis: str,
+    arrays: tuple[Float[Array, "C N H D"], Float[Array, "C N Hkv D"], Float[Array, "C N Hkv D"]],
+    lengths: Int[Array, " C"],
+    window: Window,
+) -> Float[Array, "C N H D"]:
+    """`spread.attend_together` of queries, keys and values: through a cache that is written already.
+
+    P: a multiple of `keys_at_once()`. axis: as for `in_tiles`.
+    """
+
+    def local(arrays: tuple[Array, ...], lengths: Array, *near: Array) -> Array:
+        (alone, behind), (keys, own_keys), (values, own_values) = (parted(x, P, G, 1) for x in arrays)
+        window = near[0] if near else None
+        context, out = KeysValues(*(x[None] for x in arranged(keys, values))), []
+        if P:
+            own, nothing = _filled(keys[:, None], values[:, None]), KeysValues(context.keys[..., :0], context.values)
+            out.append(_attend(config, alone[:, None], nothing, 0 * lengths, own, 0, 0, window)[:, 0])
+        if G:
+            of_rows = _attend(config, behind, context, lengths, _filled(own_keys, own_values), 0, 0, window)
+            out.append(of_rows.reshape(len(lengths), -1, *of_rows.shape[3:]))
+        return jnp.concatenate(out, axis=1)
+
+    letters = f"{axis}NH"
+    return _over_devices(local, [arrays, lengths], [letters, axis], window, letters)
+
+
+def _together_forward(config, P: int, G: int, axis: str, arrays: tuple, lengths: Array, window: Window) -> tuple:
+    return attend_together(config, P, G, axis, arrays, lengths, window), (arrays, lengths, window)
+
+
+def _together_backward(config: TransformerConfig, P: int, G: int, axis: str, kept: tuple, slope: Array) -> tuple:
+    arrays, lengths, window = kept
+    options = {"scale": config.score_scale, "softcap": config.attention_softcap, "window": window}
+    slopes = jax.vjp(lambda arrays: attend_plainly(*arrays, lengths, P=P, G=G, **options), arrays)[1](slope)
+    return *slopes, None, None
+
+
+attend_together.defvjp(_together_forward, _together_backward)
+
+
+def _over_devices(function: Callable, arguments: list, axes: list, window: Window, out: str) -> Array:
+    given = [] if window is None else [jnp.asarray(window)]
+    return per_device(function, [*arguments, *given], [*axes, *[""] * len(given)], out)
+
+
+def _attend(
+    config: TransformerConfig,
+    queries: Float[Array, "C G S H D"],
+    prefix: KeysValues,
+    lengths: Int[Array, " C"],
+    own: KeysValues,
+    layer: Array | int,
+    column: Array | int,
+    window: Window = None,
+) -> Float[Array, "C G S H D"]:
+    """On one device; a prefix of no keys is none at all."""
+    C, G, S, H, D = queries.shape
+    far, near = ([jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kept] for kept in (prefix, own))
+    if C == 1:  # the compiler has other products for a batch of one
+        far, near = [jnp.repeat(x, 2, axis=0) for x in far], [jnp.concatenate([x[:, :, :G]] * 2, axis=2) for x in near]
+        queries, lengths = jnp.repeat(queries, 2, axis=0), jnp.repeat(lengths, 2)
+    P, size, kv_heads = far[0].shape[-1], near[0].shape[-1], near[0].shape[-3]
+    queries = _padded(queries.reshape(len(queries), G, S, kv_heads, -1, D), QUERIES, 2)
+
+    def masked(scores: Array, here: Array, there: Array, seen: Array | bool) -> Array:
+        seen = seen & (there <= here)
+        if window is not None:
+            seen &= there > here - window
+        return jnp.where(seen, softcap(scores * config.score_scale, config.attention_softcap), MASKED)
+
+    def context(tile: tuple[Float[Array, "C Q Hkv R D"], Int[Array, "C Q"]]) -> _Heard:
+        rows, here = jnp.moveaxis(tile[0], 1, 2), tile[1][:, None, :, None, None]
+
+        def add(block: Array, heard: _Heard) -> _Heard:
+            keys, values = (jax.lax.dynamic_slice_in_dim(x, block * size, size, at) for x, at in zip(far, (-1, -2)))
+            there = block * size + jnp.arange(size, dtype=jnp.int32)
+            scores = product("ckqrd,ckdt->ckqrt", rows, keys)
+            return heard.and_of(masked(scores, here, there, there < lengths[:, None, None, None, None]), values)
+
+        return jax.lax.fori_loop(0, P // size, add, _Heard.nothing(rows))
+
+    def of_context(queries: Float[Array, "C G Q Hkv R D"], here: Int[Array, "C Q"]) -> _Heard:
+        """[C, G, Hkv, Q, R]: the tokens of a row are a tile, or, of one token each, rows of the context."""
+        if S > 1:
+            here = jnp.broadcast_to(here, (G, *here.shape))
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), _turned(context, (jnp.moveaxis(queries, 1, 0), here)))
+        rows = _padded(queries[:, :, 0], QUERIES, 1)
+        tiles = jnp.moveaxis(rows.reshape(len(rows), -1, QUERIES, *rows.shape[2:]), 1, 0)
+        heard = _turned(context, (tiles, jnp.broadcast_to(here[:, :1], (len(tiles), len(rows), QUERIES))))
+
+        def by_row(x: Float[Array, "n C Hkv Q ..."]) -> Float[Array, "C G Hkv Q ..."]:
+            x = jnp.moveaxis(x, (0, 3), (1, 2))
+            return _padded(x.reshape(len(x), -1, *x.shape[3:])[:, :G, :, None], QUERIES, 3)
+
+        return jax.tree.map(by_row, heard)
+
+    def some(tile: tuple[Float[Array, "C G Q Hkv R D"], Int[Array, ""]]) -> Float[Array, "C G Q Hkv R D"]:
+        queries, column = tile
+        here = lengths[:, None] + column + jnp.arange(QUERIES, dtype=jnp.int32)
+        rows, here_too = jnp.moveaxis(queries, 2, 3), here[:, None, None, :, None, None]
+
+        def add(block: Array, heard: _Heard) -> _Heard:
+            kept = (jax.lax.dynamic_index_in_dim(x, block, keepdims=False) for x in near)
+            kept = (x[:, : rows.shape[0] * G // len(x)] for x in kept)
+            keys, values = (x.reshape(-1, G, *x.shape[2:]) for x in kept)
+            there = lengths[:, None, None, None, None, None] + block * size + jnp.arange(size, dtype=jnp.int32)
+            return heard.and_of(masked(product("cgkqrd,cgkdt->cgkqrt", rows, keys), here_too, there, True), values)
+
+        heard = of_context(queries, here) if P else _Heard.nothing(rows)
+        heard = jax.lax.fori_loop(0, column // size + 1, add, heard)
+        return jnp.moveaxis((heard.total / heard.mass[..., None]).astype(queries.dtype), 3, 2)
+
+    tiles = jnp.moveaxis(queries.reshape(*queries.shape[:2], -1, QUERIES, *queries.shape[3:]), 2, 0)
+    out = _turned(some, (tiles, column + QUERIES * jnp.arange(len(tiles), dtype=jnp.int32)))
+    return jnp.moveaxis(out, 0, 2).reshape(-1, G, tiles.shape[0] * QUERIES, H, D)[:C, :, :S]
+
+
+class _Heard(NamedTuple):
+    """Of every query, after some keys: Σ w v, the highest score, Σ w; with w = exp(score - highest score)."""
+
+    total: Float[Array, "*N R D"]
+    top: Float[Array, "*N R"]
+    mass: Float[Array, "*N R"]
+
+    @classmethod
+    def nothing(cls, rows: Float[Array, "*N R D"]) -> _Heard:
+        zeros = jnp.zeros(rows.shape, jnp.float32)
+        return cls(zeros, zeros[..., 0] + MASKED, zeros[..., 0])
+
+    def and_of(self, scores: Float[Array, "C *N Hkv Q R K"], values: Float[Array, "C *N Hkv K D"]) -> _Heard:
+        """And the keys of one block, masked or not."""
+        top = jnp.maximum(self.top, jnp.max(scores, axis=-1))
+        shrunk, weights = jnp.exp(self.top - top), jnp.exp(scores - top[..., None])
+        total = self.total * shrunk[..., None] + product("...qrt,...td->...qrd", weights, values)
+        return _Heard(total, top, self.mass * shrunk + _sum(weights))
+
+
+def _sum(x: Float[Array, "*N K"]) -> Float[Array, "*N"]:
+    """Over a power of two, by halves: a reduction is in an order of the compiler's choice."""
+    while (half := x.shape[-1] // 2) > 0:
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
+
+
+def _filled(keys: Float[Array, "C G T Hkv D"], values: Float[Array, "C G T Hkv D"]) -> KeysValues:
+    """An own cache of one layer, full."""
+    size = keys_at_once()
+
+    def blocks(x: Array) -> Float[Array, "B N K Hkv D"]:
+        x = _padded(x, size, 2)
+        return jnp.moveaxis(x.reshape(x.shape[0] * x.shape[1], -1, size, *x.shape[3:]), 1, 0)
+
+    return KeysValues(*(x[None, :, None] for x in arranged(blocks(keys), blocks(values))))
+
+
+def _turned(function: Callable[[PyTree], PyTree], tiles: PyTree) -> PyTree:
+    """`jax.lax.map` by a loop that the compiler cannot open where there is but one tile: there is room for a second,
+    whose turn comes if the first value is NaN."""
+    first = jax.tree.leaves(tiles)[0]
+    turns = len(first) + jnp.isnan(first.reshape(-1)[0]).astype(jnp.int32)
+    tiles = jax.tree.map(lambda x: x if len(x) > 1 else _padded(x, 2), tiles)
+    room = max(len(first), 2)
+
+    def turn(i: Array) -> PyTree:
+        return function(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tiles))
+
+    def put(i: Array, out: PyTree) -> PyTree:
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), out, turn(i))
+
+    out = jax.tree.map(lambda x: jnp.zeros((room, *x.shape), x.dtype), jax.eval_shape(turn, 0))
+    return jax.tree.map(lambda x: x[: len(first)], jax.lax.fori_loop(0, turns, put, out))
+
+
+def _padded(x: Array, multiple: int, axis: int = 0) -> Array:
+    return jnp.pad(x, [(0, -size % multiple if at == axis else 0) for at, size in enumerate(x.shape)])
