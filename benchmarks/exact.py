@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -85,19 +86,13 @@ class Policy:
         return self.language.sample({"policy": self.params}, asked, jax.random.key(1))
 
     def say(self, rows: Rollout, *, gradient: bool = False, **options: Any) -> np.ndarray:
-        def logps(params: Any, rows: Rollout) -> jax.Array:
+        def logps(params: Any, rows: Rollout) -> tuple[jax.Array, jax.Array]:
             with self.language.on_mesh():
-                return evaluate(self.graphdef, params, rows, **options).logps
+                said = evaluate(self.graphdef, params, rows, **options).logps
+            return said.sum(), said
 
-        def both(params: Any, rows: Rollout) -> tuple[jax.Array, Any]:
-            def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-                said = logps(params, rows)
-                return said.sum(), said
-
-            grads, said = jax.grad(loss, has_aux=True)(params)
-            return said, grads
-
-        return np.asarray(jax.jit(both)(self.params, rows)[0] if gradient else jax.jit(logps)(self.params, rows))
+        program = jax.jit(jax.grad(logps, has_aux=True) if gradient else logps)
+        return np.asarray(program(self.params, rows)[1])
 
     def in_turns(self, rows: Rollout) -> np.ndarray:
         """A prompt at a time, in a loop."""
@@ -106,7 +101,7 @@ class Policy:
         def all_of(params: Any, rows: Rollout) -> jax.Array:
             def one(i: jax.Array) -> jax.Array:
                 cut = lambda x, n: jax.lax.dynamic_slice_in_dim(x, i * n, n)  # noqa: E731
-                contexts = jax.tree.map(partial(cut, n=1), rows.contexts)
+                contexts = jax.tree.map(functools.partial(cut, n=1), rows.contexts)
                 part = rows.replace(
                     contexts=contexts,
                     completions=cut(rows.completions, GROUP),
@@ -122,24 +117,25 @@ class Policy:
 
 def ways(policy: Policy, rows: Rollout) -> Iterator[tuple[str, np.ndarray, Rollout]]:
     """Log-probs [n, t] as training computes them, each with the rollout's rows that they are of."""
-    yield "all rows", policy.say(rows), rows
-    yield "a micro-batch at a time", policy.in_turns(rows), rows
     yield "gradient, entropy", policy.say(rows, gradient=True, wants=("entropy",)), rows
+    yield "a micro-batch at a time", policy.in_turns(rows), rows
+    yield "all rows", policy.say(rows), rows
     yield "gradient, recomputed", policy.say(rows, gradient=True, remat=True), rows
-    for i in (0, GROUP, 2 * GROUP):
-        yield "one row", policy.say(rows.take([i])), rows.take([i])
-    for i in range(len(PROMPTS)):
-        group = rows.take(np.arange(i * GROUP, (i + 1) * GROUP))
-        wide = group.replace(
-            contexts=group.contexts.replace(tokens=np.pad(group.contexts.tokens, ((0, 0), (0, 37)))),
-            completions=np.pad(group.completions, ((0, 0), (0, 50))),
-        )
-        yield "more padding", policy.say(wide)[:, : rows.completions.shape[1]], group
+    yield "one row", policy.say(rows.take([GROUP])), rows.take([GROUP])
+    group = rows.take(np.arange(GROUP, 2 * GROUP))
+    wide = group.replace(
+        contexts=group.contexts.replace(tokens=np.pad(group.contexts.tokens, ((0, 0), (0, 37)))),
+        completions=np.pad(group.completions, ((0, 0), (0, 50))),
+    )
+    yield "more padding", policy.say(wide)[:, : rows.completions.shape[1]], group
 
 
-def compared(config: TransformerConfig, dtype: Any, meshes: list[Mesh]) -> dict[str, int]:
-    """Decisions in all, and how many differ from those drawn all at once on the first mesh, by where they do."""
+def compared(config: TransformerConfig, dtype: Any) -> dict[str, int]:
+    """Decisions in all, and how many differ from those drawn all at once on the first device, by where they do."""
     found: dict[str, int] = {}
+    meshes = [make_mesh(devices=jax.devices()[:1])]
+    if jax.device_count() > 1:
+        meshes.append(make_mesh(fsdp=jax.device_count() // 2, tensor=2))
 
     def count(where: str, differ: np.ndarray) -> None:
         found[where] = found.get(where, 0) + int(differ.sum())
@@ -148,15 +144,16 @@ def compared(config: TransformerConfig, dtype: Any, meshes: list[Mesh]) -> dict[
     rows = policies[0].draw(range(len(PROMPTS)))
     found["decisions"] = int(rows.lengths.sum())
     for n, policy in enumerate(policies):
-        where = f", mesh of {meshes[n].size}" if n else ""
-        drawn = policy.draw(range(len(PROMPTS)))
-        parts = [policy.draw(range(i, i + 1)) for i in range(len(PROMPTS))]
-        alone = [rows.take(np.arange(i * GROUP, (i + 1) * GROUP)) for i in range(len(PROMPTS))]
-        for label, one, other in [("drawn again", drawn, rows), *(("drawn alone", *x) for x in zip(parts, alone))]:
-            exists, t = np.asarray(other.exists), min(one.completions.shape[1], other.completions.shape[1])
+        where, draws = (f", mesh of {meshes[n].size}", 0) if n else ("", len(PROMPTS))
+        drawn = [("drawn again", policy.draw(range(len(PROMPTS))), rows)]
+        for i in range(draws):
+            alone = rows.take(np.arange(i * GROUP, (i + 1) * GROUP))
+            drawn.append(("drawn alone", policy.draw(range(i, i + 1)), alone))
+        for label, one, other in drawn:
+            exists, t = np.asarray(other.exists), one.completions.shape[1]
             same = (one.completions == other.completions[:, :t]) & (one.sampler_logps == other.sampler_logps[:, :t])
             count(label + where, ~same & exists[:, :t])
-        for label, said, of in ways(policy, rows):
+        for label, said, of in itertools.islice(ways(policy, rows), 2 if n else None):
             count(label + where, (said != of.sampler_logps) & np.asarray(of.exists))
     return found
 
@@ -167,16 +164,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="NAME")
     options = parser.parse_args()
     devices = jax.devices()
-    meshes = [make_mesh(devices=devices[:1])]
-    if len(devices) > 1:
-        meshes.append(make_mesh(fsdp=len(devices) // 2, tensor=2))
     if not options.json:
         print(f"{len(devices)} {devices[0].device_kind}: decisions that differ, of exact and of ordinary arithmetic")
     for name in options.models:
         for dtype in (jnp.float32, jnp.bfloat16):
-            exact, plain = (
-                compared(dataclasses.replace(MODELS[name], exact=exact), dtype, meshes) for exact in (True, False)
-            )
+            exact, plain = (compared(dataclasses.replace(MODELS[name], exact=exact), dtype) for exact in (True, False))
             if options.json:
                 print(json.dumps({"model": name, "dtype": dtype.__name__, "exact": exact, "plain": plain}), flush=True)
                 continue

@@ -92,6 +92,8 @@ PLAN: dict[str, list[tuple]] = {
     "gap": [
         ("ours", "gap", 40),
         ("ours", "gap --dtype bfloat16", 45),
+        ("ours", "gap --opt model.exact=true", 60),
+        ("ours", "gap --dtype bfloat16 --opt model.exact=true", 65),
         ("torch", "gap", 20),
         ("tunix", "gap", 45),
     ],
@@ -102,6 +104,11 @@ PLAN: dict[str, list[tuple]] = {
         ("ours", "ragged --opt group=128", 140),
     ],
     "fused": [("ours", "fused", 60)],
+    "exact": [
+        ("ours", "sampleA --opt model.exact=true", 40),
+        ("ours", "update --opt model.exact=true", 60),
+        ("ours", "e2e --opt model.exact=true", 90),
+    ],
 }
 MODELS_NEEDED = ("small", "smallv32k")
 

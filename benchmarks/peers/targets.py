@@ -166,5 +166,7 @@ TARGETS = [
         0,
         smaller=True,
     ),
+    Target("gap with model.exact, float32", ours("gap", "gap_max", dtype=F32, at=1), None, 0, 0, smaller=True),
+    Target("the same, bfloat16", ours("gap", "gap_max", dtype=BF16, at=1), None, 0, 0, smaller=True),
     Target("fused against unfused iterations/s", against_itself("fused", "fused_per_s", "unfused_per_s"), None, 1.5, 3),
 ]
