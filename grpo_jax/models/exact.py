@@ -84,7 +84,7 @@ def attend_cached(
     column: Int[Array, ""] | int,
     window: Window,
 ) -> Float[Array, "C G S H D"]:
-    """`cached.attend_cached`: of the rows' own tokens from `column`, a multiple of `QUERIES` unless S is 1."""
+    """`cached.attend_cached`, of the rows' own tokens from `column` on."""
     arguments = [queries, prefix, lengths, own, *(jnp.asarray(x, jnp.int32) for x in (layer, column))]
     axes = ["SGMH", "LSH", "S", "LBSNH", "", ""]
     return _over_devices(functools.partial(_attend, config), arguments, axes, window, "SGMH")
@@ -204,7 +204,7 @@ def _attend(
             return heard.and_of(masked(product("cgkqrd,cgkdt->cgkqrt", rows, keys), here_too, there, True), values)
 
         heard = of_context(queries, here) if P else _Heard.nothing(rows)
-        heard = jax.lax.fori_loop(0, column // size + 1, add, heard)
+        heard = jax.lax.fori_loop(0, (column + min(S, QUERIES) - 1) // size + 1, add, heard)
         return jnp.moveaxis((heard.total / heard.mass[..., None]).astype(queries.dtype), 3, 2)
 
     tiles = jnp.moveaxis(queries.reshape(*queries.shape[:2], -1, QUERIES, *queries.shape[3:]), 2, 0)
