@@ -153,63 +153,92 @@ def _attend(
     """On one device; a prefix of no keys is none at all."""
     C, G, S, H, D = queries.shape
     far, near = ([jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kept] for kept in (prefix, own))
+    near = [x[:, :, : C * G // x.shape[1]] for x in near]  # the rows in hand
     if C == 1:  # the compiler has other products for a batch of one
-        far, near = [jnp.repeat(x, 2, axis=0) for x in far], [jnp.concatenate([x[:, :, :G]] * 2, axis=2) for x in near]
+        far, near = [jnp.repeat(x, 2, axis=0) for x in far], [jnp.concatenate([x, x], axis=2) for x in near]
         queries, lengths = jnp.repeat(queries, 2, axis=0), jnp.repeat(lengths, 2)
-    P, size, kv_heads = far[0].shape[-1], near[0].shape[-1], near[0].shape[-3]
-    queries = _padded(queries.reshape(len(queries), G, S, kv_heads, -1, D), QUERIES, 2)
+    if S > 1:
+        queries = _padded(queries, QUERIES, 2)
+    columns, see = column + jnp.arange(queries.shape[2], dtype=jnp.int32), _Sight(config, lengths, window)
+    queries = queries.reshape(*queries.shape[:3], near[0].shape[-3], -1, D)
+    heard = _of_contexts(see, queries, columns, *far)
+    heard = _of_own(see, queries, columns, *near, heard)
+    out = (heard.total / heard.mass[..., None]).astype(queries.dtype)
+    return out[:C, :, :S].reshape(C, G, S, H, D)
 
-    def masked(scores: Array, here: Array, there: Array, seen: Array | bool) -> Array:
+
+class _Sight(NamedTuple):
+    """What of contexts of these lengths, and of the rows behind them, a query sees."""
+
+    config: TransformerConfig
+    lengths: Int[Array, " C"]
+    window: Window
+
+    def masked(self, scores: Array, here: Array, there: Array, seen: Array | bool) -> Array:
+        """here, there: positions of queries and keys."""
         seen = seen & (there <= here)
-        if window is not None:
-            seen &= there > here - window
-        return jnp.where(seen, softcap(scores * config.score_scale, config.attention_softcap), MASKED)
+        if self.window is not None:
+            seen &= there > here - self.window
+        return jnp.where(seen, softcap(scores * self.config.score_scale, self.config.attention_softcap), MASKED)
 
-    def context(tile: tuple[Float[Array, "C Q Hkv R D"], Int[Array, "C Q"]]) -> _Heard:
-        rows, here = jnp.moveaxis(tile[0], 1, 2), tile[1][:, None, :, None, None]
+
+def _of_contexts(
+    see: _Sight,
+    queries: Float[Array, "C G S Hkv R D"],
+    columns: Int[Array, " S"],
+    keys: Float[Array, "C Hkv D P"],
+    values: Float[Array, "C Hkv P D"],
+) -> _Heard:
+    """[C, G, S, Hkv, R]. Queries of one matrix are tokens of a row, or, of one token each, rows of a context."""
+    (C, G, S), size = queries.shape[:3], keys_at_once()
+
+    def tile(queries: Float[Array, "C Q Hkv R D"], columns: Int[Array, " Q"]) -> _Heard:
+        rows, here = jnp.moveaxis(queries, 1, 2), (see.lengths[:, None] + columns)[:, None, :, None, None]
 
         def add(block: Array, heard: _Heard) -> _Heard:
-            keys, values = (jax.lax.dynamic_slice_in_dim(x, block * size, size, at) for x, at in zip(far, (-1, -2)))
+            k, v = (jax.lax.dynamic_slice_in_dim(x, block * size, size, at) for x, at in ((keys, -1), (values, -2)))
             there = block * size + jnp.arange(size, dtype=jnp.int32)
-            scores = product("ckqrd,ckdt->ckqrt", rows, keys)
-            return heard.and_of(masked(scores, here, there, there < lengths[:, None, None, None, None]), values)
+            seen = there < see.lengths[:, None, None, None, None]
+            return heard.and_of(see.masked(product("ckqrd,ckdt->ckqrt", rows, k), here, there, seen), v)
 
-        return jax.lax.fori_loop(0, P // size, add, _Heard.nothing(rows))
+        heard = jax.lax.fori_loop(0, keys.shape[-1] // size, add, _Heard.nothing(rows))
+        return heard.moved(2, 1)
 
-    def of_context(queries: Float[Array, "C G Q Hkv R D"], here: Int[Array, "C Q"]) -> _Heard:
-        """[C, G, Hkv, Q, R]: the tokens of a row are a tile, or, of one token each, rows of the context."""
-        if S > 1:
-            here = jnp.broadcast_to(here, (G, *here.shape))
-            return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), _turned(context, (jnp.moveaxis(queries, 1, 0), here)))
-        rows = _padded(queries[:, :, 0], QUERIES, 1)
-        tiles = jnp.moveaxis(rows.reshape(len(rows), -1, QUERIES, *rows.shape[2:]), 1, 0)
-        heard = _turned(context, (tiles, jnp.broadcast_to(here[:, :1], (len(tiles), len(rows), QUERIES))))
+    if not keys.shape[-1]:
+        return _Heard.nothing(queries)
+    flat = _padded(queries.reshape(C, G * S, *queries.shape[3:]), QUERIES, 1)
+    columns = _padded(jnp.tile(columns, G), QUERIES)
+    heard = _turned(lambda x: tile(*x), (_cut(flat, 1), _cut(columns, 0)))
+    return jax.tree.map(lambda x: _joined(x, 1)[:, : G * S].reshape(C, G, S, *x.shape[3:]), heard)
 
-        def by_row(x: Float[Array, "n C Hkv Q ..."]) -> Float[Array, "C G Hkv Q ..."]:
-            x = jnp.moveaxis(x, (0, 3), (1, 2))
-            return _padded(x.reshape(len(x), -1, *x.shape[3:])[:, :G, :, None], QUERIES, 3)
 
-        return jax.tree.map(by_row, heard)
+def _of_own(
+    see: _Sight,
+    queries: Float[Array, "C G S Hkv R D"],
+    columns: Int[Array, " S"],
+    keys: Float[Array, "B s N Hkv D T"],
+    values: Float[Array, "B s N Hkv T D"],
+    heard: _Heard,
+) -> _Heard:
+    """What is `heard` of contexts, and the rows' own tokens."""
+    (C, G, S), size = queries.shape[:3], keys_at_once()
 
-    def some(tile: tuple[Float[Array, "C G Q Hkv R D"], Int[Array, ""]]) -> Float[Array, "C G Q Hkv R D"]:
-        queries, column = tile
-        here = lengths[:, None] + column + jnp.arange(QUERIES, dtype=jnp.int32)
-        rows, here_too = jnp.moveaxis(queries, 2, 3), here[:, None, None, :, None, None]
+    def tile(queries: Float[Array, "C G Q Hkv R D"], columns: Int[Array, " Q"], heard: _Heard) -> _Heard:
+        rows, here = jnp.moveaxis(queries, 2, 3), (see.lengths[:, None] + columns)[:, None, None, :, None, None]
 
         def add(block: Array, heard: _Heard) -> _Heard:
-            kept = (jax.lax.dynamic_index_in_dim(x, block, keepdims=False) for x in near)
-            kept = (x[:, : rows.shape[0] * G // len(x)] for x in kept)
-            keys, values = (x.reshape(-1, G, *x.shape[2:]) for x in kept)
-            there = lengths[:, None, None, None, None, None] + block * size + jnp.arange(size, dtype=jnp.int32)
-            return heard.and_of(masked(product("cgkqrd,cgkdt->cgkqrt", rows, keys), here_too, there, True), values)
+            k, v = (jax.lax.dynamic_index_in_dim(x, block, keepdims=False) for x in (keys, values))
+            k, v = (x.reshape(C, G, *x.shape[2:]) for x in (k, v))
+            there = see.lengths[:, None, None, None, None, None] + block * size + jnp.arange(size, dtype=jnp.int32)
+            return heard.and_of(see.masked(product("cgkqrd,cgkdt->cgkqrt", rows, k), here, there, True), v)
 
-        heard = of_context(queries, here) if P else _Heard.nothing(rows)
-        heard = jax.lax.fori_loop(0, (column + min(S, QUERIES) - 1) // size + 1, add, heard)
-        return jnp.moveaxis((heard.total / heard.mass[..., None]).astype(queries.dtype), 3, 2)
+        heard = jax.lax.fori_loop(0, columns[min(S, QUERIES) - 1] // size + 1, add, heard.moved(2, 3))
+        return heard.moved(3, 2)
 
-    tiles = jnp.moveaxis(queries.reshape(*queries.shape[:2], -1, QUERIES, *queries.shape[3:]), 2, 0)
-    out = _turned(some, (tiles, column + QUERIES * jnp.arange(len(tiles), dtype=jnp.int32)))
-    return jnp.moveaxis(out, 0, 2).reshape(-1, G, tiles.shape[0] * QUERIES, H, D)[:C, :, :S]
+    whole = jax.tree.map(lambda x: _padded(x, QUERIES, 2), (queries, heard))
+    tiles = jax.tree.map(lambda x: _cut(x, 2), whole)
+    heard = _turned(lambda x: tile(*x), (tiles[0], _cut(_padded(columns, QUERIES), 0), tiles[1]))
+    return jax.tree.map(lambda x: _joined(x, 2)[:, :, :S], heard)
 
 
 class _Heard(NamedTuple):
@@ -223,6 +252,9 @@ class _Heard(NamedTuple):
     def nothing(cls, rows: Float[Array, "*N R D"]) -> _Heard:
         zeros = jnp.zeros(rows.shape, jnp.float32)
         return cls(zeros, zeros[..., 0] + MASKED, zeros[..., 0])
+
+    def moved(self, source: int, destination: int) -> _Heard:
+        return _Heard(*(jnp.moveaxis(x, source, destination) for x in self))
 
     def and_of(self, scores: Float[Array, "C *N Hkv Q R K"], values: Float[Array, "C *N Hkv K D"]) -> _Heard:
         """And the keys of one block, masked or not."""
@@ -266,6 +298,17 @@ def _turned(function: Callable[[PyTree], PyTree], tiles: PyTree) -> PyTree:
 
     out = jax.tree.map(lambda x: jnp.zeros((room, *x.shape), x.dtype), jax.eval_shape(turn, 0))
     return jax.tree.map(lambda x: x[: len(first)], jax.lax.fori_loop(0, turns, put, out))
+
+
+def _cut(x: Array, axis: int) -> Array:
+    """In tiles of `QUERIES` along an axis; they come first."""
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, QUERIES, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _joined(tiles: Array, axis: int) -> Array:
+    """The inverse of `_cut`."""
+    x = jnp.moveaxis(tiles, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def _padded(x: Array, multiple: int, axis: int = 0) -> Array:
