@@ -151,8 +151,9 @@ def compared(config: TransformerConfig, dtype: Any) -> dict[str, int]:
             drawn.append(("drawn alone", policy.draw(range(i, i + 1)), alone))
         for label, one, other in drawn:
             exists, t = np.asarray(other.exists), one.completions.shape[1]
-            same = (one.completions == other.completions[:, :t]) & (one.sampler_logps == other.sampler_logps[:, :t])
-            count(label + where, ~same & exists[:, :t])
+            for name in ("completions", "sampler_logps", "behavior_logps"):
+                differ = getattr(one, name) != getattr(other, name)[:, :t]
+                count(label + where, differ & ~np.isnan(other.behavior_logps[:, :t]) & exists[:, :t])
         for label, said, of in itertools.islice(ways(policy, rows), 2 if n else None):
             count(label + where, (said != of.sampler_logps) & np.asarray(of.exists))
     return found

@@ -38,6 +38,8 @@ def _platform() -> str:
 def attention_path(config: TransformerConfig, mesh: Mesh) -> str:
     """How attention is computed on this mesh, and why not by kernels where it is not: a line for the log."""
     plain, platform = "matrix products, a block of queries at a time", mesh.devices.flat[0].platform
+    if config.exact:
+        return "attention: a few queries and keys at a time, whatever there is of them (model.exact)"
     if platform == "gpu":
         return f"attention: {plain} (cuDNN's cannot go backward through rows that share a context)"
     if platform != "tpu":
