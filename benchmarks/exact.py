@@ -25,7 +25,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.models import Rope, TransformerConfig, create, evaluate, logical_axes, shardings
-from grpo_jax.sampling import LanguageModel
+from grpo_jax.sampling import LanguageModel, compaction
+from grpo_jax.sampling.weights import cast
 from grpo_jax.training.mesh import make_mesh
 from grpo_jax.types import Prompt, Request, Rollout
 
@@ -69,14 +70,23 @@ class Ids:
     encode = encode_prompt
 
 
+compaction.FEWEST_DECISIONS = 16  # rows that are left are regrouped in completions as short as these, too
+
+
 class Policy:
-    """One model on one mesh, and what it says."""
+    """One model on one mesh, and what it says. Weights are float32, as in a run, and cast."""
 
     def __init__(self, config: TransformerConfig, dtype: Any, mesh: Mesh) -> None:
-        self.graphdef, params = create(config, jax.random.key(0), dtype)
+        self.graphdef, params = create(config, jax.random.key(0))
         self.params = jax.device_put(params, shardings(logical_axes(config), mesh))
         self.language = LanguageModel(
-            {"policy": self.graphdef}, Ids(), mesh, max_prompt=max(PROMPTS), max_new=NEW, tokens=2**16
+            {"policy": self.graphdef},
+            Ids(),
+            mesh,
+            max_prompt=max(PROMPTS),
+            max_new=NEW,
+            tokens=2**16,
+            compute_dtype=dtype,
         )
 
     def draw(self, prompts: range) -> Rollout:
@@ -88,7 +98,7 @@ class Policy:
     def say(self, rows: Rollout, *, gradient: bool = False, **options: Any) -> np.ndarray:
         def logps(params: Any, rows: Rollout) -> tuple[jax.Array, jax.Array]:
             with self.language.on_mesh():
-                said = evaluate(self.graphdef, params, rows, **options).logps
+                said = evaluate(self.graphdef, cast(params, self.language.compute_dtype), rows, **options).logps
             return said.sum(), said
 
         program = jax.jit(jax.grad(logps, has_aux=True) if gradient else logps)
@@ -107,8 +117,7 @@ class Policy:
                     completions=cut(rows.completions, GROUP),
                     temperature=cut(rows.temperature, GROUP),
                 )
-                with self.language.on_mesh():
-                    return evaluate(self.graphdef, params, part, wants=("entropy",)).logps
+                return self.language.evaluate(params, part, "policy", wants=("entropy",)).logps
 
             return jax.lax.map(one, jnp.arange(len(PROMPTS))).reshape(rows.completions.shape)
 

@@ -53,7 +53,7 @@ def written(
             at = [layer, column // T, 0, 0, 0, 0, 0]
             at[axis] = column % T
             return jax.lax.dynamic_update_slice(kept, new[None, None], [jnp.asarray(i, jnp.int32) for i in at])
-        old = jnp.moveaxis(_cut(kept, layer, 0, blocks, new.shape[1]), 0, axis - 1)
+        old = jnp.moveaxis(cut(kept, layer, 0, blocks, new.shape[1]), 0, axis - 1)
         joined = old.reshape(*new.shape[:axis], blocks * T, *new.shape[axis:][1:])
         joined = jax.lax.dynamic_update_slice_in_dim(joined, new, column, axis)
         return _pasted(kept, jnp.moveaxis(joined.reshape(old.shape), axis - 1, 0), layer, 0)
@@ -72,13 +72,13 @@ def moved(own: KeysValues, rows: Int[Array, "S n"], before: int, filled: Int[Arr
     pick = jax.vmap(partial(jnp.take, axis=0, mode="clip"))
 
     def move(layer: Array, block: Array, own: KeysValues) -> KeysValues:
-        picked = (pick(_cut(x, layer, block, 1, before)[0], rows) for x in own)
+        picked = (pick(cut(x, layer, block, 1, before)[0], rows) for x in own)
         return KeysValues(*(_pasted(x, new[None], layer, block) for x, new in zip(own, picked)))
 
     return jax.lax.fori_loop(0, layers, lambda layer, own: jax.lax.fori_loop(0, turns, partial(move, layer), own), own)
 
 
-def _cut(
+def cut(
     kept: Float[Array, "L B S N *rest"], layer: Array | int, block: Array | int, blocks: int, rows: int
 ) -> Float[Array, "b S n *rest"]:
     """So many blocks of a layer, from `block` on, of each device's first rows."""
@@ -89,7 +89,7 @@ def _cut(
 def _pasted(
     kept: Float[Array, "L B S N *rest"], part: Float[Array, "b S n *rest"], layer: Array | int, block: Array | int
 ) -> Float[Array, "L B S N *rest"]:
-    """The inverse of `_cut`."""
+    """The inverse of `cut`."""
     return jax.lax.dynamic_update_slice(kept, part[None], (layer, block, *[0] * (kept.ndim - 2)))
 
 
@@ -141,7 +141,7 @@ def attend_cached(
         return _Heard(*(jnp.swapaxes(x, 1, 2) for x in heard))
 
     def add(block: Array | int, heard: _Heard) -> _Heard:
-        keys, values = (_cut(x, layer, block, 1, C * G // shards).reshape(C, G, *x.shape[4:]) for x in own)
+        keys, values = (cut(x, layer, block, 1, C * G // shards).reshape(C, G, *x.shape[4:]) for x in own)
         place = start + block * T + jnp.arange(T, dtype=jnp.int32)
         scores = masked(product("cgksrd,cgkdt->cgksrt", by_row, keys), place, True)
         top = jnp.maximum(heard.top, jnp.max(scores, axis=-1))

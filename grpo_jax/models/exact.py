@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from grpo_jax.models.attention import MASKED, product, softcap
-from grpo_jax.models.cached import KeysValues, arranged
+from grpo_jax.models.cached import KeysValues, arranged, cut
 from grpo_jax.models.config import TransformerConfig
 from grpo_jax.models.kernels import on_cpu, per_device
 from grpo_jax.models.spread import attend_together as attend_plainly
@@ -41,11 +41,11 @@ def keys_at_once() -> int:
     return 32 if on_cpu() else 128
 
 
-def in_tiles(function: Callable[..., PyTree], *tokens: Float[Array, "*N ..."], weights: PyTree, axis: str) -> PyTree:
+def in_tiles(function: Callable[..., PyTree], *tokens: Shaped[Array, "*N ..."], weights: PyTree, axis: str) -> PyTree:
     """`function(weights, *tokens)`, which makes of arrays [*N, ...] others, each token of itself alone.
 
-    tokens: the first is [*N, E] and floating-point, the others broadcast to its [*N]. function: hashable. axis: what
-    the first dimension is, a letter of `kernels.placement.LETTERS`.
+    tokens: the first is [*N, E] and floating-point, the others broadcast to its [*N]. function: of these arrays alone.
+    axis: what the first dimension is, a letter of `kernels.placement.LETTERS`. On a mesh each device has whole weights.
     """
     lead = tokens[0].shape[:-1]
     return _in_tiles(function, axis, weights, [jnp.broadcast_to(x, (*lead, *x.shape[len(lead) :])) for x in tokens])
@@ -150,19 +150,22 @@ def _attend(
     column: Array | int,
     window: Window = None,
 ) -> Float[Array, "C G S H D"]:
-    """On one device; a prefix of no keys is none at all."""
-    C, G, S, H, D = queries.shape
-    far, near = ([jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kept] for kept in (prefix, own))
-    near = [x[:, :, : C * G // x.shape[1]] for x in near]  # the rows in hand
-    if C == 1:  # the compiler has other products for a batch of one
-        far, near = [jnp.repeat(x, 2, axis=0) for x in far], [jnp.concatenate([x, x], axis=2) for x in near]
-        queries, lengths = jnp.repeat(queries, 2, axis=0), jnp.repeat(lengths, 2)
+    """On one device. A prefix of no keys is none at all; what it holds beyond its lengths is finite."""
+    (C, G, S, H, D), kv_heads = queries.shape, prefix.keys.shape[2]
+    copies = 2 if C * kv_heads == 1 else 1  # the compiler has other products for a batch of one
+    far = [jnp.repeat(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), copies, axis=0) for x in prefix]
+    queries, lengths = jnp.repeat(queries, copies, axis=0), jnp.repeat(lengths, copies)
+
+    def near(block: Array) -> list[Array]:
+        """A block of the rows in hand: more of the cache is not touched."""
+        kept = (cut(x, layer, block, 1, C * G // x.shape[2]).reshape(C, G, *x.shape[4:]) for x in own)
+        return [jnp.repeat(x, copies, axis=0) for x in kept]
+
     if S > 1:
         queries = _padded(queries, QUERIES, 2)
     columns, see = column + jnp.arange(queries.shape[2], dtype=jnp.int32), _Sight(config, lengths, window)
-    queries = queries.reshape(*queries.shape[:3], near[0].shape[-3], -1, D)
-    heard = _of_contexts(see, queries, columns, *far)
-    heard = _of_own(see, queries, columns, *near, heard)
+    queries = queries.reshape(*queries.shape[:3], kv_heads, -1, D)
+    heard = _of_own(see, queries, columns, near, _of_contexts(see, queries, columns, *far))
     out = (heard.total / heard.mass[..., None]).astype(queries.dtype)
     return out[:C, :, :S].reshape(C, G, S, H, D)
 
@@ -216,19 +219,17 @@ def _of_own(
     see: _Sight,
     queries: Float[Array, "C G S Hkv R D"],
     columns: Int[Array, " S"],
-    keys: Float[Array, "B s N Hkv D T"],
-    values: Float[Array, "B s N Hkv T D"],
+    kept: Callable[[Array], list[Array]],
     heard: _Heard,
 ) -> _Heard:
-    """What is `heard` of contexts, and the rows' own tokens."""
-    (C, G, S), size = queries.shape[:3], keys_at_once()
+    """What is `heard` of contexts, and the rows' own tokens. kept: keys and values of a block, [C, G, Hkv, ...]."""
+    S, size = queries.shape[2], keys_at_once()
 
     def tile(queries: Float[Array, "C G Q Hkv R D"], columns: Int[Array, " Q"], heard: _Heard) -> _Heard:
         rows, here = jnp.moveaxis(queries, 2, 3), (see.lengths[:, None] + columns)[:, None, None, :, None, None]
 
         def add(block: Array, heard: _Heard) -> _Heard:
-            k, v = (jax.lax.dynamic_index_in_dim(x, block, keepdims=False) for x in (keys, values))
-            k, v = (x.reshape(C, G, *x.shape[2:]) for x in (k, v))
+            k, v = kept(block)
             there = see.lengths[:, None, None, None, None, None] + block * size + jnp.arange(size, dtype=jnp.int32)
             return heard.and_of(see.masked(product("cgkqrd,cgkdt->cgkqrt", rows, k), here, there, True), v)
 

@@ -132,8 +132,8 @@ class Transformer(nnx.Module):
         A mesh with an axis "sequence" that divides T divides the tokens of contexts and rows.
 
         Row column j stands at position prefix_lengths[c] + j; in every layer the rows see their context's keys and
-        values of that layer and their own up to j. For the backward pass a layer keeps what its matrix products made,
-        and with `remat` nothing but its input.
+        values of that layer and their own up to j. For the backward pass a layer keeps what its matrix products made
+        (where arithmetic is exact, those before attention and what attention read), and with `remat` only its input.
         """
         _, G, T = tokens.shape
         cut = parts("tokens") if T % parts("tokens") == 0 and not self.config.exact else 1
@@ -169,8 +169,6 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "N E"]) -> Float[Array, "V N"]:
         """In float32, before `softcap`."""
-        if self.config.exact:
-            return exact.in_tiles(_logits, hidden, weights=self.head(), axis="S").T
         matrix, scale = self._head(), None
         if isinstance(matrix, Quantised):
             matrix, scale = matrix.values.astype(hidden.dtype), matrix.scale.T
@@ -287,10 +285,6 @@ class Transformer(nnx.Module):
 
 def _norm(config: TransformerConfig, weight: Float[Array, "E"], x: Float[Array, "*N E"]) -> Float[Array, "*N E"]:
     return norm(x, weight, config)
-
-
-def _logits(matrix: Float[Array, "E V"], hidden: Float[Array, "N E"]) -> Float[Array, "N V"]:
-    return jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef, PyTree]:

@@ -7,6 +7,7 @@ holds the input from which decision t is made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.models import KeysValues, TransformerConfig, merge, softcap
+from grpo_jax.models import KeysValues, merge, softcap
 from grpo_jax.models.cached import moved
 from grpo_jax.models.evaluate import logps_of
 from grpo_jax.models.exact import in_tiles
@@ -140,12 +141,11 @@ def _step(model, table: _Table, restricts: Restricts, loop: _Loop) -> _Loop:
     """One more decision of every active row."""
     cells, t, drawn = table.cells, loop.column, loop.drawn
     hidden, own = model.decode(loop.inputs[..., None], table.prefix, cells.context_lengths - 1, loop.own, t)
-    logits = model.logits(hidden.reshape(-1, hidden.shape[-1]))
-    drawn_now = _choose(model.config, logits, cells, table.keys, t, restricts)
+    drawn_now = _choose(model, hidden.reshape(-1, hidden.shape[-1]), cells, table.keys, t, restricts)
     token, behavior, policy = (x.reshape(loop.active.shape) for x in drawn_now)
     if model.config.exact:
         logps, _ = logps_of(model, hidden[:, :, 0], token, _scale(cells), axis="S")
-        behavior, policy = jnp.where(behavior == policy, logps, behavior), logps
+        behavior, policy = jnp.where((behavior == policy) & (cells.temperature > 0), logps, behavior), logps
     chosen = loop.active & (t >= cells.given_lengths)
     tokens = _write(drawn.tokens, token, t, chosen)
     stopped = chosen & (t >= cells.minimum) & _ends_in_stop(tokens, jnp.broadcast_to(t, chosen.shape), cells)
@@ -189,39 +189,30 @@ def _row_keys(key: Key, cells: Cells) -> Key:
     return fold(cells.prompt_ids, cells.index)
 
 
-def _choose(
-    config: TransformerConfig,
-    logits: Float[Array, "V N"],
-    cells: Cells,
-    row_keys: Key,
-    t: Array,
-    restricts: Restricts,
-) -> Chosen:
+def _choose(model, hidden: Float[Array, "N E"], cells: Cells, row_keys: Key, t: Array, restricts: Restricts) -> Chosen:
     """One token per row; the two random numbers of row and decision come from a key of their own."""
     uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(row_keys.reshape(-1))
     asked = {name: getattr(cells, name).reshape(-1) for name in ("top_k", "top_p", "min_p") if name in restricts}
     if "min_new" in restricts:
-        asked["forbidden"] = (t < cells.minimum).reshape(-1) & _stop_tokens(cells, len(logits))
+        asked["forbidden"] = ((t < cells.minimum).reshape(-1) & _stop_tokens(cells, model.config.vocab_size)).T
     asked |= {"scale": _scale(cells).reshape(-1), "greedy": cells.temperature.reshape(-1) == 0, "uniforms": uniforms}
-    if not config.exact:
-        return _chosen(config.final_softcap, logits, **asked)
-    if "forbidden" in asked:
-        asked["forbidden"] = asked["forbidden"].T
-    rows = partial(_chosen_by_row, config.final_softcap, tuple(asked))
-    return in_tiles(rows, logits.T, *asked.values(), weights=None, axis="S")
+    if not model.config.exact:
+        return _chosen(model.config.final_softcap, model.logits(hidden), **asked)
+    tile = partial(_chosen_in_tile, model.config.final_softcap, tuple(asked))
+    return in_tiles(tile, hidden, *asked.values(), weights=model.head(), axis="S")
 
 
 def _chosen(cap: float | None, logits: Float[Array, "V N"], *, scale, greedy, uniforms, **asked: Array) -> Chosen:
     scaled = softcap(logits, cap) / scale
+    if "forbidden" in asked:
+        asked["forbidden"] = asked["forbidden"].T
     allowed = restrict(scaled, **asked) if asked else None
     return choose(scaled, uniforms, greedy=greedy, allowed=allowed)
 
 
-def _chosen_by_row(cap: float | None, names: tuple[str, ...], _: None, logits: Float[Array, "N V"], *rows) -> Chosen:
-    asked = dict(zip(names, rows))
-    if "forbidden" in asked:
-        asked["forbidden"] = asked["forbidden"].T
-    return _chosen(cap, logits.T, **asked)
+def _chosen_in_tile(cap: float | None, names: Sequence[str], head: Array, hidden: Array, *asked: Array) -> Chosen:
+    logits = jnp.einsum("ne,ev->vn", hidden, head, preferred_element_type=jnp.float32)
+    return _chosen(cap, logits, **dict(zip(names, asked)))
 
 
 def _stop_tokens(cells: Cells, v: int) -> Bool[Array, "V N"]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from comparisons import check_directory
 
-from grpo_jax.models import TransformerConfig, abstract, create, exact, merge
+from grpo_jax.models import TransformerConfig, abstract, create, evaluate, exact, merge
 from grpo_jax.models.cached import KeysValues
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,6 +61,47 @@ def test_gradients_are_those_of_ordinary_arithmetic(remat):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(jnp.abs(b).max())), rtol=0)
 
 
+@pytest.mark.parametrize("which", ["logps", "entropy", "both", "some rows"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_of_log_probs_and_entropy_are_those_of_ordinary_arithmetic(which, remat):
+    """With windows, caps, temperatures and an empty context."""
+    config = dataclasses.replace(
+        CONFIG,
+        family="gemma2",
+        attention_softcap=20.0,
+        final_softcap=15.0,
+        sliding_window=5,
+        sliding_layers=(True,) * 3,
+    )
+    graphdef, params = create(config, jax.random.key(0))
+    plain, _ = abstract(dataclasses.replace(config, exact=False))
+    rng, (C, G, T) = np.random.default_rng(0), (3, 2, 9)
+    tokens = lambda *shape: jnp.asarray(rng.integers(0, 50, shape), jnp.int32)  # noqa: E731
+    rows = SimpleNamespace(
+        contexts=SimpleNamespace(tokens=tokens(C, 40), lengths=jnp.array([40, 7, 0])),
+        completions=tokens(C * G, T),
+        temperature=jnp.array([1.0, 0.7, 0.5, 1.0, 1.0, 2.0]),
+    )
+    slopes = rng.normal(size=(2, C * G, T)).astype(np.float32)
+    slopes[0 if which == "entropy" else 1] *= which == "both"
+    slopes[:, ::2] *= which != "some rows"
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(graphdef, params):
+        def loss(params):
+            said = evaluate(graphdef, params, rows, wants=("entropy",), remat=remat)
+            numbers = jnp.stack([said.logps, said.stats["entropy"]])
+            return (numbers * slopes).sum(), numbers
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    (got, said), (want, expected) = gradient(graphdef, params), gradient(plain, params)
+    np.testing.assert_allclose(said, expected, atol=2e-5)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(jnp.abs(b).max())), rtol=0)
+
+
 def attention(queries, prefix, lengths, keys, values, column, window, cap):
     """Row by row, in float64; keys and values [C, G, T, Hkv, D], the prefix's [C, P, Hkv, D]."""
     out = np.zeros(queries.shape)
@@ -89,6 +131,7 @@ def test_attention_is_that_of_float64(shape, window):
 
     prefix = KeysValues(np.moveaxis(context[0], 1, -1)[None], np.swapaxes(context[1], 1, 2)[None])
     blocks = [np.moveaxis(x.reshape(C * G, 2, K, 2, D), 1, 0)[None, :, None] for x in own]  # [1, B, 1, N, K, Hkv, D]
+    blocks = [np.concatenate([x, rng.normal(size=x.shape)], axis=3) for x in blocks]  # and rows that are not in hand
     cache = KeysValues(np.moveaxis(blocks[0], -3, -1), np.swapaxes(blocks[1], -3, -2))
     to32 = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
     config = dataclasses.replace(CONFIG, attention_softcap=3.0)
