@@ -79,15 +79,8 @@ class Policy:
     def __init__(self, config: TransformerConfig, dtype: Any, mesh: Mesh) -> None:
         self.graphdef, params = create(config, jax.random.key(0))
         self.params = jax.device_put(params, shardings(logical_axes(config), mesh))
-        self.language = LanguageModel(
-            {"policy": self.graphdef},
-            Ids(),
-            mesh,
-            max_prompt=max(PROMPTS),
-            max_new=NEW,
-            tokens=2**16,
-            compute_dtype=dtype,
-        )
+        sizes = {"max_prompt": max(PROMPTS), "max_new": NEW, "tokens": 2**16}
+        self.language = LanguageModel({"policy": self.graphdef}, Ids(), mesh, **sizes, compute_dtype=dtype)
 
     def draw(self, prompts: range) -> Rollout:
         given = np.arange(7, dtype=np.int32), np.full(7, np.nan, np.float32)
