@@ -123,7 +123,9 @@ def ways(policy: Policy, rows: Rollout) -> Iterator[tuple[str, np.ndarray, Rollo
     yield "a micro-batch at a time", policy.in_turns(rows), rows
     yield "all rows", policy.say(rows), rows
     yield "gradient, recomputed", policy.say(rows, gradient=True, remat=True), rows
-    yield "one row", policy.say(rows.take([GROUP])), rows.take([GROUP])
+    row = rows.take([0])
+    tight = row.replace(contexts=row.contexts.replace(tokens=row.contexts.tokens[:, : PROMPTS[0]]))
+    yield "one row, no padding", policy.say(tight), row
     group = rows.take(np.arange(GROUP, 2 * GROUP))
     wide = group.replace(
         contexts=group.contexts.replace(tokens=np.pad(group.contexts.tokens, ((0, 0), (0, 37)))),

@@ -195,7 +195,7 @@ def _of_contexts(
     """[C, G, S, Hkv, R]. Queries of one matrix are tokens of a row, or, of one token each, rows of a context."""
     (C, G, S), size = queries.shape[:3], keys_at_once()
 
-    def tile(queries: Float[Array, "C Q Hkv R D"], columns: Int[Array, " Q"]) -> _Heard:
+    def some(queries: Float[Array, "C Q Hkv R D"], columns: Int[Array, " Q"]) -> _Heard:
         rows, here = jnp.moveaxis(queries, 1, 2), (see.lengths[:, None] + columns)[:, None, :, None, None]
 
         def add(block: Array, heard: _Heard) -> _Heard:
@@ -204,14 +204,15 @@ def _of_contexts(
             seen = there < see.lengths[:, None, None, None, None]
             return heard.and_of(see.masked(product("ckqrd,ckdt->ckqrt", rows, k), here, there, seen), v)
 
-        heard = jax.lax.fori_loop(0, keys.shape[-1] // size, add, _Heard.nothing(rows))
+        heard = jax.lax.fori_loop(0, longest // size, add, _Heard.nothing(rows))
         return heard.moved(2, 1)
 
     if not keys.shape[-1]:
         return _Heard.nothing(queries)
+    longest = jnp.minimum(jnp.max(see.lengths) + size - 1, keys.shape[-1])  # which the compiler does not know
     flat = _padded(queries.reshape(C, G * S, *queries.shape[3:]), QUERIES, 1)
     columns = _padded(jnp.tile(columns, G), QUERIES)
-    heard = _turned(lambda x: tile(*x), (_cut(flat, 1), _cut(columns, 0)))
+    heard = _turned(lambda x: some(*x), (_cut(flat, 1), _cut(columns, 0)))
     return jax.tree.map(lambda x: _joined(x, 1)[:, : G * S].reshape(C, G, S, *x.shape[3:]), heard)
 
 
@@ -225,7 +226,7 @@ def _of_own(
     """What is `heard` of contexts, and the rows' own tokens. kept: keys and values of a block, [C, G, Hkv, ...]."""
     S, size = queries.shape[2], keys_at_once()
 
-    def tile(queries: Float[Array, "C G Q Hkv R D"], columns: Int[Array, " Q"], heard: _Heard) -> _Heard:
+    def some(queries: Float[Array, "C G Q Hkv R D"], columns: Int[Array, " Q"], heard: _Heard) -> _Heard:
         rows, here = jnp.moveaxis(queries, 2, 3), (see.lengths[:, None] + columns)[:, None, None, :, None, None]
 
         def add(block: Array, heard: _Heard) -> _Heard:
@@ -238,7 +239,7 @@ def _of_own(
 
     whole = jax.tree.map(lambda x: _padded(x, QUERIES, 2), (queries, heard))
     tiles = jax.tree.map(lambda x: _cut(x, 2), whole)
-    heard = _turned(lambda x: tile(*x), (tiles[0], _cut(_padded(columns, QUERIES), 0), tiles[1]))
+    heard = _turned(lambda x: some(*x), (tiles[0], _cut(_padded(columns, QUERIES), 0), tiles[1]))
     return jax.tree.map(lambda x: _joined(x, 2)[:, :, :S], heard)
 
 
