@@ -118,6 +118,7 @@ def test_pieces_agree_to_the_bit(tmp_path):
     said = jax.jit(lambda params, rows: pieces.evaluate(model, params, rows))(model.params, rows)
     there = np.asarray(rows.exists)
     np.testing.assert_array_equal(np.asarray(said.logps)[there], rows.sampler_logps[there])
+    np.testing.assert_array_equal(rows.behavior_logps[there], rows.sampler_logps[there])
     other = pieces.evaluate(plain, plain.params, rows)
     np.testing.assert_allclose(np.asarray(said.logps)[there], np.asarray(other.logps)[there], atol=2e-5)
     np.testing.assert_allclose(
