@@ -158,6 +158,13 @@ def test_each_token_of_a_tile_by_itself(count):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
+def test_the_loop_of_one_tile_stays_a_loop():
+    """Opened, what is in it would be compiled together with what is around it."""
+    x, matrix = jnp.ones((3, 16)), jnp.ones((16, 24))
+    tiled = jax.jit(lambda w, x: 2 * exact.in_tiles(double, x + 1, x[:, 0], weights=w, axis="C"))
+    assert " while(" in tiled.lower(matrix, x).compile().as_text()
+
+
 PROOF = """
 import dataclasses, json, sys, jax
 from benchmarks import exact
