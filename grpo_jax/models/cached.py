@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -130,29 +131,23 @@ def attend_cached(
             visible &= place > here - window
         return jnp.where(visible, softcap(scores * scale, cap), MASKED)
 
-    def context() -> _Heard:
+    def context() -> Heard:
         keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in prefix)
         place = jnp.arange(P, dtype=jnp.int32)
         scores = product("ckgsrd,ckdp->ckgsrp", jnp.swapaxes(by_row, 1, 2), keys)
         scores = masked(scores, place, place < start)
         top = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - top[..., None])  # where nothing is seen, own columns make them 0
-        heard = _Heard(product("ckgsrp,ckpd->ckgsrd", weights, values), top, weights.sum(axis=-1))
-        return _Heard(*(jnp.swapaxes(x, 1, 2) for x in heard))
+        heard = Heard(product("ckgsrp,ckpd->ckgsrd", weights, values), top, weights.sum(axis=-1))
+        return Heard(*(jnp.swapaxes(x, 1, 2) for x in heard))
 
-    def add(block: Array | int, heard: _Heard) -> _Heard:
+    def add(block: Array | int, heard: Heard) -> Heard:
         keys, values = (cut(x, layer, block, 1, C * G // shards).reshape(C, G, *x.shape[4:]) for x in own)
         place = start + block * T + jnp.arange(T, dtype=jnp.int32)
         scores = masked(product("cgksrd,cgkdt->cgksrt", by_row, keys), place, True)
-        top = jnp.maximum(heard.top, jnp.max(scores, axis=-1))
-        shrunk, weights = jnp.exp(heard.top - top), jnp.exp(scores - top[..., None])
-        total = heard.total * shrunk[..., None] + product("cgksrt,cgktd->cgksrd", weights, values)
-        return _Heard(total, top, heard.mass * shrunk + weights.sum(axis=-1))
+        return heard.and_of(scores, values, mass=partial(jnp.sum, axis=-1))
 
-    if P:
-        heard = context()
-    else:
-        heard = _Heard(*(jnp.full(by_row.shape[:n], x, jnp.float32) for n, x in ((6, 0.0), (5, MASKED), (5, 0.0))))
+    heard = context() if P else Heard.nothing(by_row)
     turns = -(-filled // T)
     if blocks == 1:
         heard = add(0, heard)
@@ -165,9 +160,23 @@ def attend_cached(
     return jnp.swapaxes(out.astype(queries.dtype), 2, 3).reshape(queries.shape)
 
 
-class _Heard(NamedTuple):
+class Heard(NamedTuple):
     """Of every query, after some keys: Σ w v, the highest score, Σ w; with w = exp(score - highest score)."""
 
-    total: Float[Array, "C G Hkv S R D"]
-    top: Float[Array, "C G Hkv S R"]
-    mass: Float[Array, "C G Hkv S R"]
+    total: Float[Array, "*N S R D"]
+    top: Float[Array, "*N S R"]
+    mass: Float[Array, "*N S R"]
+
+    @classmethod
+    def nothing(cls, queries: Float[Array, "*N S R D"]) -> Heard:
+        zeros = jnp.zeros(queries.shape, jnp.float32)
+        return cls(zeros, zeros[..., 0] + MASKED, zeros[..., 0])
+
+    def and_of(
+        self, scores: Float[Array, "*N S R K"], values: Float[Array, "*N K D"], *, mass: Callable[[Array], Array]
+    ) -> Heard:
+        """And some keys more, masked or not. mass: adds up weights over the last axis."""
+        top = jnp.maximum(self.top, jnp.max(scores, axis=-1))
+        shrunk, weights = jnp.exp(self.top - top), jnp.exp(scores - top[..., None])
+        total = self.total * shrunk[..., None] + product("...srt,...td->...srd", weights, values)
+        return Heard(total, top, self.mass * shrunk + mass(weights))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from grpo_jax.models.attention import MASKED, product, softcap
-from grpo_jax.models.cached import KeysValues, arranged, cut
+from grpo_jax.models.cached import Heard, KeysValues, arranged, cut
 from grpo_jax.models.config import TransformerConfig
 from grpo_jax.models.kernels import on_cpu, per_device
 from grpo_jax.models.spread import attend_together as attend_plainly
@@ -191,24 +191,24 @@ def _of_contexts(
     columns: Int[Array, " S"],
     keys: Float[Array, "C Hkv D P"],
     values: Float[Array, "C Hkv P D"],
-) -> _Heard:
+) -> Heard:
     """[C, G, S, Hkv, R]. Queries of one matrix are tokens of a row, or, of one token each, rows of a context."""
     (C, G, S), size = queries.shape[:3], keys_at_once()
 
-    def some(queries: Float[Array, "C Q Hkv R D"], columns: Int[Array, " Q"]) -> _Heard:
+    def some(queries: Float[Array, "C Q Hkv R D"], columns: Int[Array, " Q"]) -> Heard:
         rows, here = jnp.moveaxis(queries, 1, 2), (see.lengths[:, None] + columns)[:, None, :, None, None]
 
-        def add(block: Array, heard: _Heard) -> _Heard:
+        def add(block: Array, heard: Heard) -> Heard:
             k, v = (jax.lax.dynamic_slice_in_dim(x, block * size, size, at) for x, at in ((keys, -1), (values, -2)))
             there = block * size + jnp.arange(size, dtype=jnp.int32)
             seen = there < see.lengths[:, None, None, None, None]
-            return heard.and_of(see.masked(product("ckqrd,ckdt->ckqrt", rows, k), here, there, seen), v)
+            return heard.and_of(see.masked(product("ckqrd,ckdt->ckqrt", rows, k), here, there, seen), v, mass=_sum)
 
-        heard = jax.lax.fori_loop(0, longest // size, add, _Heard.nothing(rows))
-        return heard.moved(2, 1)
+        heard = jax.lax.fori_loop(0, longest // size, add, Heard.nothing(rows))
+        return _moved(heard, 2, 1)
 
     if not keys.shape[-1]:
-        return _Heard.nothing(queries)
+        return Heard.nothing(queries)
     longest = jnp.minimum(jnp.max(see.lengths) + size - 1, keys.shape[-1])  # which the compiler does not know
     flat = _padded(queries.reshape(C, G * S, *queries.shape[3:]), QUERIES, 1)
     columns = _padded(jnp.tile(columns, G), QUERIES)
@@ -221,49 +221,26 @@ def _of_own(
     queries: Float[Array, "C G S Hkv R D"],
     columns: Int[Array, " S"],
     kept: Callable[[Array], list[Array]],
-    heard: _Heard,
-) -> _Heard:
+    heard: Heard,
+) -> Heard:
     """What is `heard` of contexts, and the rows' own tokens. kept: keys and values of a block, [C, G, Hkv, ...]."""
     S, size = queries.shape[2], keys_at_once()
 
-    def some(queries: Float[Array, "C G Q Hkv R D"], columns: Int[Array, " Q"], heard: _Heard) -> _Heard:
+    def some(queries: Float[Array, "C G Q Hkv R D"], columns: Int[Array, " Q"], heard: Heard) -> Heard:
         rows, here = jnp.moveaxis(queries, 2, 3), (see.lengths[:, None] + columns)[:, None, None, :, None, None]
 
-        def add(block: Array, heard: _Heard) -> _Heard:
+        def add(block: Array, heard: Heard) -> Heard:
             k, v = kept(block)
             there = see.lengths[:, None, None, None, None, None] + block * size + jnp.arange(size, dtype=jnp.int32)
-            return heard.and_of(see.masked(product("cgkqrd,cgkdt->cgkqrt", rows, k), here, there, True), v)
+            return heard.and_of(see.masked(product("cgkqrd,cgkdt->cgkqrt", rows, k), here, there, True), v, mass=_sum)
 
-        heard = jax.lax.fori_loop(0, columns[min(S, QUERIES) - 1] // size + 1, add, heard.moved(2, 3))
-        return heard.moved(3, 2)
+        heard = jax.lax.fori_loop(0, columns[min(S, QUERIES) - 1] // size + 1, add, _moved(heard, 2, 3))
+        return _moved(heard, 3, 2)
 
     whole = jax.tree.map(lambda x: _padded(x, QUERIES, 2), (queries, heard))
     tiles = jax.tree.map(lambda x: _cut(x, 2), whole)
     heard = _turned(lambda x: some(*x), (tiles[0], _cut(_padded(columns, QUERIES), 0), tiles[1]))
     return jax.tree.map(lambda x: _joined(x, 2)[:, :, :S], heard)
-
-
-class _Heard(NamedTuple):
-    """Of every query, after some keys: Σ w v, the highest score, Σ w; with w = exp(score - highest score)."""
-
-    total: Float[Array, "*N R D"]
-    top: Float[Array, "*N R"]
-    mass: Float[Array, "*N R"]
-
-    @classmethod
-    def nothing(cls, rows: Float[Array, "*N R D"]) -> _Heard:
-        zeros = jnp.zeros(rows.shape, jnp.float32)
-        return cls(zeros, zeros[..., 0] + MASKED, zeros[..., 0])
-
-    def moved(self, source: int, destination: int) -> _Heard:
-        return _Heard(*(jnp.moveaxis(x, source, destination) for x in self))
-
-    def and_of(self, scores: Float[Array, "C *N Hkv Q R K"], values: Float[Array, "C *N Hkv K D"]) -> _Heard:
-        """And the keys of one block, masked or not."""
-        top = jnp.maximum(self.top, jnp.max(scores, axis=-1))
-        shrunk, weights = jnp.exp(self.top - top), jnp.exp(scores - top[..., None])
-        total = self.total * shrunk[..., None] + product("...qrt,...td->...qrd", weights, values)
-        return _Heard(total, top, self.mass * shrunk + _sum(weights))
 
 
 def _sum(x: Float[Array, "*N K"]) -> Float[Array, "*N"]:
@@ -300,6 +277,10 @@ def _turned(function: Callable[[PyTree], PyTree], tiles: PyTree) -> PyTree:
 
     out = jax.tree.map(lambda x: jnp.zeros((room, *x.shape), x.dtype), jax.eval_shape(turn, 0))
     return jax.tree.map(lambda x: x[: len(first)], jax.lax.fori_loop(0, turns, put, out))
+
+
+def _moved(heard: Heard, source: int, destination: int) -> Heard:
+    return Heard(*(jnp.moveaxis(x, source, destination) for x in heard))
 
 
 def _cut(x: Array, axis: int) -> Array:
