@@ -174,6 +174,7 @@ def main() -> None:
     for name in options.models:
         for dtype in (jnp.float32, jnp.bfloat16):
             exact, plain = (compared(dataclasses.replace(MODELS[name], exact=exact), dtype) for exact in (True, False))
+            jax.clear_caches()  # an operating system has only so many pieces of memory for one process's programs
             if options.json:
                 print(json.dumps({"model": name, "dtype": dtype.__name__, "exact": exact, "plain": plain}), flush=True)
                 continue

@@ -54,10 +54,12 @@ def written(
             at = [layer, column // T, 0, 0, 0, 0, 0]
             at[axis] = column % T
             return jax.lax.dynamic_update_slice(kept, new[None, None], [jnp.asarray(i, jnp.int32) for i in at])
-        old = jnp.moveaxis(cut(kept, layer, 0, blocks, new.shape[1]), 0, axis - 1)
-        joined = old.reshape(*new.shape[:axis], blocks * T, *new.shape[axis:][1:])
-        joined = jax.lax.dynamic_update_slice_in_dim(joined, new, column, axis)
-        return _pasted(kept, jnp.moveaxis(joined.reshape(old.shape), axis - 1, 0), layer, 0)
+        some = min(blocks, (M - 2) // T + 2)  # into which M columns fall, wherever they begin
+        first = jnp.minimum(column // T, blocks - some)
+        old = jnp.moveaxis(cut(kept, layer, first, some, new.shape[1]), 0, axis - 1)
+        joined = old.reshape(*new.shape[:axis], some * T, *new.shape[axis:][1:])
+        joined = jax.lax.dynamic_update_slice_in_dim(joined, new, column - first * T, axis)
+        return _pasted(kept, jnp.moveaxis(joined.reshape(old.shape), axis - 1, 0), layer, first)
 
     keys, values = arranged(keys, values)
     return KeysValues(put(own.keys, keys, -1), put(own.values, values, -2))

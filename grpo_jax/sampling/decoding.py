@@ -25,6 +25,7 @@ from grpo_jax.sampling.compaction import Grid, Regrouped, ladder, put_back, regr
 from grpo_jax.types import Key, PyTree
 
 Restricts = tuple[str, ...]
+READ = 2**17  # scores of a row and head at a time while given decisions are read: so many columns times all there are
 
 
 class Cells(NamedTuple):
@@ -122,13 +123,31 @@ def _begin(model, table: _Table, has_given: bool, shards: int) -> _Loop:
     )
     if has_given:
         inputs = jnp.concatenate([first[..., None], cells.given[..., :-1]], axis=-1)
-        hidden, own = model.decode(inputs, table.prefix, cells.context_lengths - 1, own, start)
+        own, logps = _read(model, table, inputs, own)
         there = jnp.arange(t_max) < cells.given_lengths[..., None]
-        logps, _ = logps_of(model, hidden, cells.given, _scale(cells), axis="S")
         drawn = drawn._replace(sampler_logps=jnp.where(there, logps, 0.0))
         start = jnp.min(jnp.where(wants_more, cells.given_lengths, t_max))
         first = jax.lax.dynamic_index_in_dim(inputs, start, axis=2, keepdims=False)
     return _Loop(start, first, own, wants_more, drawn)
+
+
+def _read(
+    model, table: _Table, inputs: Int[Array, "C G T"], own: KeysValues
+) -> tuple[KeysValues, Float[Array, "C G T"]]:
+    """The cache with what is given in it, and the log-probs of that: some columns at a time, up to the last given."""
+    cells, T = table.cells, inputs.shape[2]
+    size = min(T, max(8, READ // max(T, cells.contexts.shape[1])))
+
+    def some(read: tuple[Array, KeysValues, Array]) -> tuple[Array, KeysValues, Array]:
+        column, own, logps = read
+        column = jnp.minimum(column, T - size)
+        tokens, given = (jax.lax.dynamic_slice_in_dim(x, column, size, axis=2) for x in (inputs, cells.given))
+        hidden, own = model.decode(tokens, table.prefix, cells.context_lengths - 1, own, column)
+        said, _ = logps_of(model, hidden, given, _scale(cells), axis="S")
+        return column + size, own, jax.lax.dynamic_update_slice_in_dim(logps, said, column, axis=2)
+
+    start = jnp.zeros((), jnp.int32), own, jnp.zeros(inputs.shape, jnp.float32)
+    return jax.lax.while_loop(lambda read: read[0] < jnp.max(cells.given_lengths), some, start)[1:]
 
 
 def _goes_on(t_max: int, owners: Int[Array, " C"], smaller: Grid | None, loop: _Loop) -> Bool[Array, ""]:
