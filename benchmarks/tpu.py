@@ -33,7 +33,7 @@ from grpo_jax.methods.grpo import grpo
 from grpo_jax.models import TransformerConfig, evaluate
 from grpo_jax.models.quantised import quantised
 from grpo_jax.models.sharding import shardings
-from grpo_jax.models.transformer import abstract, logical_axes
+from grpo_jax.models.transformer import UNROLLED, abstract, logical_axes
 from grpo_jax.planning.chips import open_slice
 from grpo_jax.planning.collectives import Wires, collectives
 from grpo_jax.planning.costs import Cost, Program
@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=QWEN.num_layers)
     parser.add_argument("--save", type=Path, help="folder for the compiled programs' text")
     options = parser.parse_args()
+    if options.layers <= UNROLLED:
+        parser.error(f"--layers is at least {UNROLLED + 1}, got {options.layers}: fewer are no loop to be counted")
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_platforms", "cpu")

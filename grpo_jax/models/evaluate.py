@@ -100,12 +100,12 @@ def outweighs(config: TransformerConfig, tokens: int, params: PyTree) -> bool:
     """Whether what layers keep of so many tokens takes more memory than training holds of the parameters anyway, and
     more than any device has to spare.
 
-    Kept: input, queries, keys, values, what they read, its sum with the input, gate and up. Held: float32 weights,
-    gradient and two moments.
+    Kept: input, queries, keys, values, what they read; its sum with the input, gate and up too where arithmetic is not
+    exact. Held: float32 weights, gradient and two moments.
     """
     heads = 2 * config.head_dim * (config.num_heads + config.num_kv_heads)
-    kept = config.num_layers * (2 * config.hidden_size + heads + 2 * config.intermediate_size)
-    leaves = jax.tree.leaves(params)
+    after = 0 if config.exact else config.hidden_size + 2 * config.intermediate_size
+    kept, leaves = config.num_layers * (config.hidden_size + heads + after), jax.tree.leaves(params)
     return tokens * kept * leaves[0].dtype.itemsize > max(16 * sum(x.size for x in leaves), TO_SPARE)
 
 

@@ -60,7 +60,7 @@ class Transformer(nnx.Module):
         tokens = self._whole(tokens)
         P = tokens.shape[1]
 
-        def layer(block: Layer, setting: _Setting, x: Array, _: None) -> tuple[Array, KeysValues]:
+        def layer(block: Layer, setting: _Setting, x: Array) -> tuple[Array, KeysValues]:
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
                 heard = self._attend(query, key, value, lengths, setting, P=P, axis="S")
                 return heard, KeysValues(*(divided(kept, "cells kv_heads") for kept in arranged(key, value)))
@@ -90,7 +90,7 @@ class Transformer(nnx.Module):
         lengths = prefix_lengths.astype(jnp.int32)
         positions = lengths[:, None] + column + jnp.arange(S, dtype=jnp.int32)
 
-        def layer(block: Layer, setting: _Setting, carry: tuple, _: None) -> tuple[tuple, None]:
+        def layer(block: Layer, setting: _Setting, carry: tuple) -> tuple[tuple, None]:
             x, own = carry
 
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
@@ -143,7 +143,7 @@ class Transformer(nnx.Module):
         within = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (C, P))
         columns = prefix_lengths.astype(jnp.int32)[:, None] + jnp.arange(T, dtype=jnp.int32)
 
-        def layer(block: Layer, setting: _Setting, x: Array, _: None) -> tuple[Array, None]:
+        def layer(block: Layer, setting: _Setting, x: Array) -> tuple[Array, None]:
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, None]:
                 return self._attend(query, key, value, prefix_lengths, setting, P=P, G=G, cut=cut), None
 
@@ -254,10 +254,8 @@ class Transformer(nnx.Module):
             return attend_spread(*arrays, **options, window=setting.window, G=G, parts=cut)
         return attend_together(*arrays, **options, window=setting.window, G=G)
 
-    def _scan(
-        self, layer: Callable, carry: PyTree, extra: PyTree = None, *, remat: bool = False, gather: bool = False
-    ) -> tuple[PyTree, Any]:
-        """Run `layer(block, setting, carry, extra of that layer)` over all layers.
+    def _scan(self, layer: Callable, carry: PyTree, *, remat: bool = False, gather: bool = False) -> tuple[PyTree, Any]:
+        """Run `layer(block, setting, carry)` over all layers.
 
         gather: the weights are divided over devices and come together for one layer at a time; again for the backward
         pass.
@@ -272,14 +270,14 @@ class Transformer(nnx.Module):
         graphdef, weights = nnx.split(self.layers)
 
         def body(carry: PyTree, inputs: tuple) -> tuple[PyTree, Any]:
-            weights, setting, extra = inputs
+            weights, setting = inputs
             block = nnx.merge(graphdef, gathered(weights) if gather else weights)
-            return layer(block, setting, carry, extra)
+            return layer(block, setting, carry)
 
         policies = jax.checkpoint_policies
         policy = policies.nothing_saveable if remat else policies.save_only_these_names(KEPT)
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        inputs = (nnx.to_pure_dict(weights), setting, extra)
+        inputs = (nnx.to_pure_dict(weights), setting)
         return jax.lax.scan(body, carry, inputs, unroll=config.num_layers <= UNROLLED)
 
 

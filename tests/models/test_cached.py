@@ -93,7 +93,9 @@ def test_scores_far_apart_between_the_parts_stay_exact():
     np.testing.assert_allclose(attended(queries, prefix, own, 3, 1.0), want, atol=1e-4)
 
 
-@pytest.mark.parametrize("width, S, column", [(8, 2, 3), (3, 1, 5), (3, 1, 6), (3, 2, 5), (3, 2, 6), (3, 4, 2), (3, 8, 0)])
+@pytest.mark.parametrize(
+    "width, S, column", [(8, 2, 3), (3, 1, 5), (3, 1, 6), (3, 2, 5), (3, 2, 6), (3, 4, 2), (3, 8, 0)]
+)
 @pytest.mark.parametrize("places", [{}, {"shards": 3, "room": 2}], ids=["all rows", "fewer rows"])
 def test_a_write_touches_its_columns_of_its_layer_alone(width, S, column, places):
     _, _, own = inputs(1, 8)
