@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import MASKED, product, softcap
+from grpo_jax.models.folding import folded
 from grpo_jax.models.kernels import attend_newest, on_cpu, on_tpu
 
 
@@ -20,6 +21,7 @@ class KeysValues(NamedTuple):
     Heads come before tokens, and keys have their tokens last: both products of attention then read them as they lie.
     Blocks come before rows: one of them is read as it lies, too. Column t is the t % T-th of block t // T. There is
     room for N rows on each of S devices; when fewer are in hand [C, G], they have each device's first places.
+    Few rows may have more columns than B blocks hold: `folding` says where those lie.
     """
 
     keys: Float[Array, "L *cells Hkv D T"]
@@ -51,7 +53,8 @@ def written(
     def put(kept: Array, new: Array, axis: int) -> Array:
         new = new.astype(kept.dtype).reshape(shards, -1, *new.shape[2:])
         if M == 1 or blocks == 1:
-            at = [layer, column // T, 0, 0, 0, 0, 0]
+            block, place = folded(column // T, blocks, kept.shape[3])
+            at = [layer, block, 0, place, 0, 0, 0]
             at[axis] = column % T
             return jax.lax.dynamic_update_slice(kept, new[None, None], [jnp.asarray(i, jnp.int32) for i in at])
         some = min(blocks, (M - 2) // T + 2)  # into which M columns fall, wherever they begin
@@ -65,13 +68,16 @@ def written(
     return KeysValues(put(own.keys, keys, -1), put(own.values, values, -2))
 
 
-def moved(own: KeysValues, rows: Int[Array, "S n"], before: int, filled: Int[Array, ""] | int) -> KeysValues:
+def moved(
+    own: KeysValues, rows: Int[Array, "S n"], before: int, filled: Int[Array, ""] | int, *, folds: int = 1
+) -> KeysValues:
     """The cache with each device's rows of these numbers, of the `before` in hand, in its first n places.
 
-    They move within the cache, block by block as far as columns are filled: there is no second one.
+    They move within the cache, block by block as far as columns are filled: there is no second one. folds: as for
+    `attend_cached`.
     """
     layers, blocks, *_, T = own.keys.shape
-    turns = 1 if blocks == 1 else -(-filled // T)
+    turns = 1 if blocks * folds == 1 else -(-filled // T)
     pick = jax.vmap(partial(jnp.take, axis=0, mode="clip"))
 
     def move(layer: Array, block: Array, own: KeysValues) -> KeysValues:
@@ -85,15 +91,17 @@ def cut(
     kept: Float[Array, "L B S N *rest"], layer: Array | int, block: Array | int, blocks: int, rows: int
 ) -> Float[Array, "b S n *rest"]:
     """So many blocks of a layer, from `block` on, of each device's first rows."""
-    whole = kept.shape[2], rows, *kept.shape[4:]
-    return jax.lax.dynamic_slice(kept, (layer, block, *[0] * len(whole)), (1, blocks, *whole))[0]
+    block, place = folded(block, kept.shape[1], kept.shape[3])
+    at = (layer, block, 0, place, *[0] * (kept.ndim - 4))
+    return jax.lax.dynamic_slice(kept, at, (1, blocks, kept.shape[2], rows, *kept.shape[4:]))[0]
 
 
 def _pasted(
     kept: Float[Array, "L B S N *rest"], part: Float[Array, "b S n *rest"], layer: Array | int, block: Array | int
 ) -> Float[Array, "L B S N *rest"]:
     """The inverse of `cut`."""
-    return jax.lax.dynamic_update_slice(kept, part[None], (layer, block, *[0] * (kept.ndim - 2)))
+    block, place = folded(block, kept.shape[1], kept.shape[3])
+    return jax.lax.dynamic_update_slice(kept, part[None], (layer, block, 0, place, *[0] * (kept.ndim - 4)))
 
 
 def attend_cached(
@@ -108,6 +116,7 @@ def attend_cached(
     scale: float,
     cap: float | None = None,
     window: Int[Array, ""] | int | None = None,
+    folds: int = 1,
 ) -> Float[Array, "C G S H D"]:
     """Causal grouped-query attention of new tokens over their context and over their row's own tokens.
 
@@ -115,7 +124,8 @@ def attend_cached(
 
     prefix, own: all layers, of which `layer` is read; of own those blocks that begin below column `filled`. Own column
     j stands at position prefix_lengths[c] + j, and every query sees at least its own. The context is one matrix product
-    over the group; softmax is float32, of all keys together. On TPU a kernel reads what is filled.
+    over the group; softmax is float32, of all keys together. On TPU a kernel reads what is filled. folds: `filled` may
+    come to so many times the columns of the blocks (static).
     """
     C, G, S, H, D = queries.shape
     if S == 1 and on_tpu():
@@ -151,12 +161,12 @@ def attend_cached(
 
     heard = context() if P else Heard.nothing(by_row)
     turns = -(-filled // T)
-    if blocks == 1:
+    if blocks * folds == 1:
         heard = add(0, heard)
     elif on_cpu():
         heard = jax.lax.fori_loop(0, turns, add, heard)
     else:  # a GPU's host would be asked before every turn of a loop whose turns it does not know
-        known = [partial(jax.lax.fori_loop, 0, n, add) for n in range(1, blocks + 1)]
+        known = [partial(jax.lax.fori_loop, 0, n, add) for n in range(1, blocks * folds + 1)]
         heard = jax.lax.switch(turns - 1, known, heard)
     out = heard.total / heard.mass[..., None]
     return jnp.swapaxes(out.astype(queries.dtype), 2, 3).reshape(queries.shape)

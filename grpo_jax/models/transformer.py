@@ -77,10 +77,13 @@ class Transformer(nnx.Module):
         prefix_lengths: Int[Array, "C"],
         own: KeysValues,
         column: Int[Array, ""] | int,
+        *,
+        folds: int = 1,
     ) -> tuple[Float[Array, "C G S E"], KeysValues]:
         """Hidden states of S tokens per row, which become columns column..column+S-1 of the rows' own cache.
 
         Column j stands at position prefix_lengths[c] + j and sees the prefix and the row's own columns up to j.
+        folds: how many times the columns of the cache j may come to, one token at a time (see `KeysValues`).
         Returns the hidden states after the final norm, and the cache with the new columns written.
         """
         S, T = tokens.shape[2], own.keys.shape[1] * own.keys.shape[-1]
@@ -110,12 +113,13 @@ class Transformer(nnx.Module):
                     scale=self.config.score_scale,
                     cap=self.config.attention_softcap,
                     window=setting.window,
+                    folds=folds,
                 )
                 return heard, cache
 
             return block(x, self._pick(angles, setting), mix, axes="cells"), None
 
-        angles = self._angles(positions[:, None], prefix.values.shape[-2] + T)
+        angles = self._angles(positions[:, None], prefix.values.shape[-2] + folds * T)
         (x, own), _ = self._scan(layer, (self._embed(tokens, "cells"), own))
         return self._last(x, "S"), own
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from grpo_jax.models.sharding import sharding
 from grpo_jax.planning.rehearsal import Rehearsal, everywhere, placed
 from grpo_jax.sampling.decoding import Cells, draw
+from grpo_jax.sampling.requests import Rows
 from grpo_jax.sampling.traced import key_of
 from grpo_jax.sampling.weights import prepared
 from grpo_jax.training.batches import padded
@@ -59,6 +60,10 @@ class Built(NamedTuple):
     turns: int
     seconds: float
 
+    @property
+    def samples(self) -> bool:
+        return self.name.startswith("sample")
+
 
 def build(rehearsal: Rehearsal, *, done: Callable[[Built], None] = lambda built: None) -> list[Built]:
     """Every program of a step, in the order of their use. done: called after each (not in that order).
@@ -66,7 +71,7 @@ def build(rehearsal: Rehearsal, *, done: Callable[[Built], None] = lambda built:
     Sampling and training are compiled side by side.
     """
     run, requests = rehearsal.run, rehearsal.requests
-    rows, launches = run.domain.prepare(requests, Counter())
+    rows, _ = run.domain.prepare(requests, Counter())
     batch = padded(run.verify.unscored(rows), run.layout, updates=run.updates)
     batch = batch.replace(weights=np.pad(rows.weights, (0, len(batch) - len(rows))))  # though nothing is drawn
     sampling: list[Built] = []
@@ -79,14 +84,16 @@ def build(rehearsal: Rehearsal, *, done: Callable[[Built], None] = lambda built:
     with ThreadPoolExecutor(2) as threads:
         work = [threads.submit(_trainer, run, batch, len(rows), partial(add, training))]
         if any(request.max_new != 0 for request in requests):
-            work.append(threads.submit(_sampler, rehearsal, requests[0].role, launches, partial(add, sampling)))
+            asked = rehearsal.language.rows_of(requests, Counter())
+            work.append(threads.submit(_sampler, rehearsal, requests[0].role, asked, partial(add, sampling)))
         for each in work:
             each.result()
     return [*sampling, *training]
 
 
-def _sampler(rehearsal: Rehearsal, role: str, launches: Any, add: Callable[[Built], None]) -> None:
-    """The weights as they lie while completions are drawn; then prefill and decode of one launch."""
+def _sampler(rehearsal: Rehearsal, role: str, rows: Rows, add: Callable[[Built], None]) -> None:
+    """The weights as they lie while completions are drawn; then prefill and decode of one launch, and of one that goes
+    on with rows that found no room, which a step may not need: it counts no runs."""
     run, language, mesh = rehearsal.run, rehearsal.language, rehearsal.run.mesh
     params = (run.policies.get(role) or run.policies["policy"]).params
     arranged, weights = prepared(language.arrangement, language.compute_dtype), params
@@ -95,14 +102,15 @@ def _sampler(rehearsal: Rehearsal, role: str, launches: Any, add: Callable[[Buil
         made = _compile(mesh, "weights for sampling", arranged, params)
         add(made.built(kinds=kinds))
         weights, kinds = made.out, {"copy": made.out}
-    cells = jax.tree.map(lambda x: x[0], launches.cells)
-    over = sharding("cells", mesh)
-    cells = Cells(*(placed(x, everywhere(mesh) if n == "stops" else over) for n, x in cells._asdict().items()))
-    key = key_of(role, fold(run.seed))
-    options = {"restricts": launches.restricts, "has_given": False, "shards": language.shards}
-    with language.on_mesh():
-        made = _compile(mesh, "sample", draw, language.graphdef(role), weights, cells, key, **options)
-    add(made.built(runs=len(launches.cells.contexts), kinds=kinds, turns=cells.given.shape[-1]))
+    over, key = sharding("cells", mesh), key_of(role, fold(run.seed))
+    for n, launch in enumerate(language.launches(rows)):
+        places = launch.places(rows)
+        cells = launch.cells(rows, places[0])
+        cells = Cells(*(placed(x, everywhere(mesh) if n == "stops" else over) for n, x in cells._asdict().items()))
+        arguments = language.graphdef(role), weights, cells, key
+        with language.on_mesh():
+            made = _compile(mesh, "sample again" if n else "sample", draw, *arguments, **launch.options)
+        add(made.built(runs=0 if n else len(places), kinds=kinds, turns=launch.decisions))
 
 
 def _trainer(run: Run, batch: Batch, rows: int, add: Callable[[Built], None]) -> None:

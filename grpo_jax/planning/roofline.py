@@ -62,9 +62,9 @@ class Priced(NamedTuple):
 
 
 def price(built: Built, wires: Wires, config: TransformerConfig, work: Work) -> Priced | None:
-    """A program against the rates of its chips; None if it was refused. A sampler has two parts, and draws every row to
-    its full length."""
-    if built.text is None:
+    """A program against the rates of its chips; None if it was refused, or need not run. A sampler has two parts, and
+    draws every row to its full length, as if there were room for all of that."""
+    if built.text is None or not built.runs:
         return None
     rates = Rates(wires.chip.peak, wires.chip.hbm_bandwidth)
     program = Program(built.text, rates)
@@ -74,12 +74,12 @@ def price(built: Built, wires: Wires, config: TransformerConfig, work: Work) -> 
     def part(name: str, cost: Cost, sends: list[Collective]) -> Part:
         moved, flops, chip = cost.times(built.runs)
         ici, dcn = (sum(getattr(c, f"{net}_seconds") for c in sends) * built.runs for net in ("ici", "dcn"))
-        share = useful.get(name, useful.get(name.split(" ")[0], 0.0)) * (1 if built.name == "sample" else built.runs)
+        share = useful.get(name, useful.get(name.split(" ")[0], 0.0)) * (1 if built.samples else built.runs)
         return Part(name, flops, moved, flops / rates.flops, moved / rates.bytes, chip, ici, dcn, share)
 
     cost, sends = program.total(loops=loops), collectives(program, wires, loops)
     everything = [c.times_over(built.runs) for c in sends]
-    if built.name != "sample":
+    if not built.samples:
         return Priced([part(built.name, cost, sends)], everything)
     still = dict.fromkeys(loops, 0.0)
     before, quiet = program.total(loops=still), collectives(program, wires, still)

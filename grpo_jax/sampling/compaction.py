@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from grpo_jax.models.folding import FOLDS, folds_of
 from grpo_jax.types import PyTree
 
 GRIDS = 18  # at most: each is the decode step compiled once more
@@ -25,6 +26,11 @@ class Grid(NamedTuple):
     contexts: int
     width: int
     shards: int = 1
+
+    @property
+    def rows(self) -> int:
+        """On each device."""
+        return self.contexts // self.shards * self.width
 
     def fits(self, active: Bool[Array, "C G"], owners: Int[Array, " C"]) -> Bool[Array, ""]:
         """Whether the active rows of a larger grid fit into this one."""
@@ -58,6 +64,14 @@ def ladder(
     return grids
 
 
+def can_fold(grids: list[Grid]) -> bool:
+    """Whether the last of these grids has few enough rows for `FOLDS` times the columns, and the wider slots of those
+    between begin with one."""
+    places = grids[0].rows
+    few = [grid for grid in grids if folds_of(grid.rows, places) > 1]
+    return folds_of(grids[-1].rows, places) == FOLDS and all(places // FOLDS % grid.width == 0 for grid in few)
+
+
 class Regrouped(NamedTuple):
     """Where the cells of a smaller grid come from, each device's own; -1 = empty."""
 
@@ -78,7 +92,7 @@ class Regrouped(NamedTuple):
 
 
 def regroup(active: Bool[Array, "C G"], owners: Int[Array, " C"], grid: Grid) -> Regrouped:
-    """Places for the active rows in a smaller grid into which they fit."""
+    """Places for the active rows in a smaller grid; for those of the first contexts, as far as they fit."""
     shards, (c, g) = grid.shards, active.shape
     asked = _asked(active, owners, grid)
     first = jnp.cumsum(asked.slots, axis=1) - asked.slots

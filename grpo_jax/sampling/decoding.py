@@ -19,6 +19,7 @@ from grpo_jax.models import KeysValues, merge, softcap
 from grpo_jax.models.cached import moved
 from grpo_jax.models.evaluate import logps_of
 from grpo_jax.models.exact import in_tiles
+from grpo_jax.models.folding import columns_at_first, folds_of
 from grpo_jax.models.kernels import on_cpu
 from grpo_jax.sampling.choice import Chosen, choose, restrict
 from grpo_jax.sampling.compaction import Grid, Regrouped, ladder, put_back, regroup
@@ -57,9 +58,17 @@ class Drawn(NamedTuple):
     sampler_logps: Float[Array, "C G T"]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "restricts", "has_given", "shards"))
+@partial(jax.jit, static_argnames=("graphdef", "restricts", "has_given", "shards", "folds"))
 def draw(
-    graphdef, params: PyTree, cells: Cells, key: Key, *, restricts: Restricts, has_given: bool, shards: int = 1
+    graphdef,
+    params: PyTree,
+    cells: Cells,
+    key: Key,
+    *,
+    restricts: Restricts,
+    has_given: bool,
+    shards: int = 1,
+    folds: int = 1,
 ) -> Drawn:
     """Fill every cell up to a stop or its budget.
 
@@ -69,23 +78,34 @@ def draw(
     restricts: which of "top_k", "top_p", "min_p" and "min_new" any row has (static; what none has costs nothing).
     has_given: whether any row has given decisions (static; they are scored in one parallel pass).
     shards: devices over which the contexts are divided (static).
+    folds: 1; or `FOLDS`, for memory of a quarter of all columns, where nothing is given (static). Rows go on beyond
+    it, and beyond its double, as far as no more than a half, and a quarter, of them is left; others come back
+    unfinished. `compaction.can_fold` says for which cells.
     """
     model = merge(graphdef, params)
     c, g, t_max = cells.given.shape
-    prefix = model.prefill(cells.contexts, jnp.maximum(cells.context_lengths - 1, 0))
+    prefix = _of_contexts(model, cells, may_be_empty=has_given)
     owners, rows = jnp.arange(c, dtype=jnp.int32), jnp.arange(c * g, dtype=jnp.int32).reshape(c, g)
     table = _Table(cells, prefix, owners, rows, _row_keys(key, cells))
-    loop = _begin(model, table, has_given, shards)
+    loop = _begin(model, table, has_given, shards, folds)
     results = jax.tree.map(lambda x: x.reshape(c * g, *x.shape[2:]), loop.drawn)
-    grids = ladder(c, g, t_max, context=cells.contexts.shape[1], shards=shards, by_rows=on_cpu())
+    grids = grids_of(c, g, t_max, cells.contexts.shape[1], shards)
     for grid, smaller in zip(grids, [*grids[1:], None]):
         if grid is not grids[0]:
             results = put_back(results, loop.drawn, table.rows)
-            table, loop = _regrouped(table, loop, regroup(loop.active, table.owners, grid))
-        step = partial(_step, model, table, restricts)
-        loop = jax.lax.while_loop(partial(_goes_on, t_max, table.owners, smaller), step, loop)
+            table, loop = _regrouped(table, loop, regroup(loop.active, table.owners, grid), folds)
+        step = partial(_step, model, table, restricts, folds)
+        columns = (
+            min(t_max, columns_at_first(t_max, folds) * folds_of(grid.rows, grids[0].rows)) if folds > 1 else t_max
+        )
+        loop = jax.lax.while_loop(partial(_goes_on, columns, table.owners, smaller), step, loop)
     results = put_back(results, loop.drawn, table.rows)
     return jax.tree.map(lambda x: x.reshape(c, g, *x.shape[1:]), results)
+
+
+def grids_of(contexts: int, width: int, decisions: int, context: int, shards: int) -> list[Grid]:
+    """The grids in which `draw` draws, one after the other."""
+    return ladder(contexts, width, decisions, context=context, shards=shards, by_rows=on_cpu())
 
 
 class _Table(NamedTuple):
@@ -108,10 +128,19 @@ class _Loop(NamedTuple):
     drawn: Drawn
 
 
-def _begin(model, table: _Table, has_given: bool, shards: int) -> _Loop:
+def _of_contexts(model, cells: Cells, *, may_be_empty: bool) -> KeysValues:
+    """Keys and values of the contexts. may_be_empty: nothing is computed where all cells are padding."""
+    arguments = cells.contexts, jnp.maximum(cells.context_lengths - 1, 0)
+    if not may_be_empty:
+        return model.prefill(*arguments)
+    nothing = lambda *_: jax.tree.map(jnp.zeros_like, jax.eval_shape(model.prefill, *arguments))  # noqa: E731
+    return jax.lax.cond(jnp.any(cells.budget > 0), model.prefill, nothing, *arguments)
+
+
+def _begin(model, table: _Table, has_given: bool, shards: int, folds: int) -> _Loop:
     """Nothing is drawn; given decisions are in the cache and scored."""
     cells, (c, g, t_max) = table.cells, table.cells.given.shape
-    own = model.empty(c, g, t_max, table.prefix.keys.dtype, shards=shards)
+    own = model.empty(c, g, columns_at_first(t_max, folds), table.prefix.keys.dtype, shards=shards)
     wants_more, start, first = cells.budget > cells.given_lengths, jnp.zeros((), jnp.int32), _first_inputs(cells)
     nothing = jnp.zeros((c, g, t_max), jnp.float32)
     drawn = Drawn(
@@ -150,16 +179,17 @@ def _read(
     return jax.lax.while_loop(lambda read: read[0] < jnp.max(cells.given_lengths), some, start)[1:]
 
 
-def _goes_on(t_max: int, owners: Int[Array, " C"], smaller: Grid | None, loop: _Loop) -> Bool[Array, ""]:
-    """Until all rows are finished, or the active ones fit into the next smaller grid."""
-    more = jnp.any(loop.active) & (loop.column < t_max)
+def _goes_on(columns: int, owners: Int[Array, " C"], smaller: Grid | None, loop: _Loop) -> Bool[Array, ""]:
+    """Until all rows are finished, or the active ones fit into the next smaller grid, or there are no more columns."""
+    more = jnp.any(loop.active) & (loop.column < columns)
     return more if smaller is None else more & ~smaller.fits(loop.active, owners)
 
 
-def _step(model, table: _Table, restricts: Restricts, loop: _Loop) -> _Loop:
+def _step(model, table: _Table, restricts: Restricts, folds: int, loop: _Loop) -> _Loop:
     """One more decision of every active row."""
     cells, t, drawn = table.cells, loop.column, loop.drawn
-    hidden, own = model.decode(loop.inputs[..., None], table.prefix, cells.context_lengths - 1, loop.own, t)
+    lengths = cells.context_lengths - 1
+    hidden, own = model.decode(loop.inputs[..., None], table.prefix, lengths, loop.own, t, folds=folds)
     drawn_now = _choose(model, hidden.reshape(-1, hidden.shape[-1]), cells, table.keys, t, restricts)
     token, behavior, policy = (x.reshape(loop.active.shape) for x in drawn_now)
     if model.config.exact:
@@ -179,14 +209,15 @@ def _step(model, table: _Table, restricts: Restricts, loop: _Loop) -> _Loop:
     return _Loop(exists, inputs, own, loop.active & ~stopped & (exists < cells.budget), drawn)
 
 
-def _regrouped(table: _Table, loop: _Loop, places: Regrouped) -> tuple[_Table, _Loop]:
+def _regrouped(table: _Table, loop: _Loop, places: Regrouped, folds: int) -> tuple[_Table, _Loop]:
     """The active rows in the cells of a smaller grid."""
     apart = ("contexts", "context_lengths", "stops")  # the contexts are in the prefix, and no longer needed
     rows = {name: places.rows(x) for name, x in table.cells._asdict().items() if name not in apart}
     cells = table.cells._replace(context_lengths=places.of_contexts(table.cells.context_lengths), **rows)
     prefix = jax.tree.map(lambda x: places.of_contexts(x, axis=1), table.prefix)
     numbers = jnp.where(places.there(), places.rows(table.rows), jnp.iinfo(jnp.int32).max)
-    own = moved(loop.own, jnp.maximum(places.cells, 0), loop.active.size // places.grid.shards, loop.column)
+    before = loop.active.size // places.grid.shards
+    own = moved(loop.own, jnp.maximum(places.cells, 0), before, loop.column, folds=folds)
     drawn = jax.tree.map(places.rows, loop.drawn)
     active = places.rows(loop.active) & places.there()
     table = _Table(cells, prefix, places.of_contexts(table.owners), numbers, places.rows(table.keys))

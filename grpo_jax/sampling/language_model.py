@@ -6,20 +6,43 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.models import evaluate
+from grpo_jax.models.folding import COLUMNS, FOLDS, columns_at_first
 from grpo_jax.models.sharding import sharding, ways
 from grpo_jax.processes import fetch, place
 from grpo_jax.sampling import traced
-from grpo_jax.sampling.decoding import Cells, Drawn, draw
+from grpo_jax.sampling.compaction import can_fold
+from grpo_jax.sampling.decoding import Cells, Drawn, draw, grids_of
 from grpo_jax.sampling.requests import Rows, bucket, cells_of, expand, pack, rollout_of
+from grpo_jax.sampling.unfinished import SoFar
 from grpo_jax.sampling.weights import Arrangement, cast, prepared
 from grpo_jax.types import Batch, Decisions, Domain, Key, Prompt, PyTree, Request, Rollout
+
+
+class Launch(NamedTuple):
+    """The size of a launch of the sampler, and its static options."""
+
+    context_width: int
+    decisions: int
+    width: int
+    slots: int
+    options: dict[str, Any]
+
+    def places(self, rows: Rows) -> list[np.ndarray]:
+        """Which rows every launch draws."""
+        return pack(rows, width=self.width, slots=self.slots)
+
+    def times(self, rows: Rows) -> int:
+        return len(self.places(rows))
+
+    def cells(self, rows: Rows, places: np.ndarray) -> Cells:
+        return cells_of(rows, places, context_width=self.context_width, decisions=self.decisions)
 
 
 @dataclass(frozen=True)
@@ -83,11 +106,14 @@ class LanguageModel:
         only_given = (rows.budget == rows.given_lengths).all()
         if only_given and not rows.options["score"].any():
             return rollout_of(rows, None, role=role)
-        launches, cells, options = self._launches(rows)
         role_key, weights = traced.key_of(role, key), self.weights(params, role)
-        with self.on_mesh():  # all are dispatched before the first is read
-            results = [draw(self.graphdef(role), weights, asked, role_key, **options) for asked in cells]
-        return rollout_of(rows, self._gather(results, launches, rows.given.shape[1]), role=role)
+        so_far = SoFar(rows)
+        for launch in self.launches(rows):
+            which, places, cells = self._asked(so_far, launch)
+            with self.on_mesh():  # all are dispatched before the first is read
+                results = [draw(self.graphdef(role), weights, each, role_key, **launch.options) for each in cells]
+            so_far = so_far.and_of(which, self._gather(results, places, rows.given.shape[1]))
+        return rollout_of(rows, so_far.drawn, role=role)
 
     def traced_for(self, params: Mapping[str, PyTree], requests: Sequence[Request], key: Key) -> None:
         """Trace the sampler for such requests: Python does one thing at a time, so this comes before all that can wait.
@@ -95,21 +121,50 @@ class LanguageModel:
         `sample` then finds it, and compiles it.
         """
         (role,) = {r.role for r in requests}
-        _, cells, options = self._launches(self.rows_of(requests, Counter()))
+        rows = self.rows_of(requests, Counter())
+        launch = self.launches(rows)[0]
+        _, _, cells = self._asked(SoFar(rows), launch)
         role_key, weights = traced.key_of(role, key), self.weights(params, role)
         with self.on_mesh():
-            draw.lower(self.graphdef(role), weights, next(cells), role_key, **options)
+            draw.lower(self.graphdef(role), weights, next(cells), role_key, **launch.options)
 
-    def _launches(self, rows: Rows) -> tuple[list[np.ndarray], Iterator[Cells], dict[str, Any]]:
-        """Row numbers of each launch of the sampler, its cells on the mesh, and its static options."""
-        decisions = self._decisions(rows.given.shape[1])
+    def launches(self, rows: Rows) -> list[Launch]:
+        """The launches of the sampler that draw these rows, each as often as it takes.
+
+        Where one does not hold all rows at full length, there is one that begins with a quarter of the columns, and the
+        more rows: most finish early and make room for the others. A second goes on with what found none.
+        """
         context_width = max(bucket(self.max_prompt), bucket(rows.contexts.tokens.shape[1]))
-        width, slots = self._cells(rows, context_width, decisions)
-        launches = pack(rows, width=width, slots=slots)
-        size = {"context_width": context_width, "decisions": decisions}
-        cells = (self._place(cells_of(rows, launch, **size)) for launch in launches)
-        options = {"restricts": rows.restricts, "has_given": bool(rows.given_lengths.any()), "shards": self.shards}
-        return launches, cells, options
+        decisions = self._decisions(rows.given.shape[1])
+        has_given = bool(rows.given_lengths.any())
+
+        def launch(*, has_given: bool, folds: int = 1, multiple: int = 1) -> Launch:
+            columns = columns_at_first(decisions, folds)
+            width, slots = self._cells(rows, context_width, columns, multiple=self.shards * multiple)
+            options = {"restricts": rows.restricts, "has_given": has_given, "shards": self.shards, "folds": folds}
+            return Launch(context_width, decisions, width, slots, options)
+
+        def foldable(wide: Launch) -> bool:
+            with self.on_mesh():
+                grids = grids_of(wide.slots, wide.width, decisions, context_width, self.shards)
+            return can_fold(grids)
+
+        whole = launch(has_given=has_given)
+        if has_given or decisions < FOLDS * COLUMNS or whole.times(rows) == 1:
+            return [whole]
+        wide = (launch(has_given=False, folds=FOLDS, multiple=n) for n in (FOLDS, 1))
+        best = min([*filter(foldable, wide), whole], key=lambda x: x.times(rows))
+        return [whole] if best is whole else [best, launch(has_given=True)]
+
+    def _asked(self, so_far: SoFar, launch: Launch) -> tuple[np.ndarray, list[np.ndarray], Iterator[Cells]]:
+        """The rows that are left, their places among these in every launch, and its cells on the mesh.
+
+        Where none is left, one launch of empty cells: a later call then finds the program compiled.
+        """
+        which = so_far.left()
+        rows = so_far.asked(which if len(which) else np.zeros(1, int))
+        places = launch.places(rows) if len(which) else [np.full((launch.slots, launch.width), -1)]
+        return which, places, (self._place(launch.cells(rows, place)) for place in places)
 
     def weights(self, params: Mapping[str, PyTree], role: str) -> PyTree:
         """What a role's completions are drawn with."""
@@ -148,25 +203,24 @@ class LanguageModel:
         """The width of the completion axis: the configured budget, or the next bucket for prefixes beyond it."""
         return self.max_new if asked <= self.max_new else bucket(asked)
 
-    def _cells(self, rows: Rows, context_width: int, decisions: int) -> tuple[int, int]:
+    def _cells(self, rows: Rows, context_width: int, decisions: int, *, multiple: int) -> tuple[int, int]:
         """Rows per context and contexts per launch.
 
         The usual cells where there are any and the rows fill more than a quarter of them, so that whatever is asked for
         streams through one program; otherwise what is asked for, with less than a fifth of padding. Never more than the
-        budget of tokens allows.
+        budget of tokens allows, and as many contexts as some multiple says.
         """
-        shards = self.shards
         counts = np.unique(rows.sampled_under, return_counts=True)[1]
         contexts, width = self.cells or (0, int(np.median(counts)))
         if counts.max() == 1:
             contexts, width = contexts * width, 1
         width = max(1, min(width, (self.tokens - context_width) // decisions))
-        per_launch = max(1, self.tokens // (context_width + width * decisions)) * shards
+        per_launch = self.tokens // (context_width + width * decisions) * self.shards
         needed = int(sum(-(-n // width) for n in counts))
         if needed <= contexts / 4 or not contexts:
             step = max(1, 2 ** (needed.bit_length() - 3))
             contexts = -(-needed // step) * step
-        return width, min(per_launch, -(-contexts // shards) * shards)
+        return width, max(multiple, min(per_launch // multiple * multiple, -(-contexts // multiple) * multiple))
 
     def _place(self, cells: Cells) -> Cells:
         if self.mesh.size == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,16 @@ class Rows(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
+
+    def replace(self, **changed: Any) -> Rows:
+        return Rows(**{**self._asdict(), **changed})
+
+    def take(self, which: np.ndarray) -> Rows:
+        """The rows of these numbers, without the dataset's columns."""
+        shared = {"contexts": self.contexts, "stops": self.stops, "columns": {}}
+        options = {name: values[which] for name, values in self.options.items()}
+        rows = {name: getattr(self, name)[which] for name in self._fields if name not in (*shared, "options")}
+        return Rows(**shared, **rows, options=options)
 
     @property
     def restricts(self) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def prepare(language: LanguageModel, requests: Sequence[Request], numbers: Count
     rows = language.rows_of(requests, numbers)
     n, decisions = len(rows), language._decisions(rows.given.shape[1])
     context_width = max(bucket(language.max_prompt), bucket(rows.contexts.tokens.shape[1]))
-    width, slots = language._cells(rows, context_width, decisions)
+    width, slots = language._cells(rows, context_width, decisions, multiple=language.shards)
     launches = pack(rows, width=width, slots=slots)
     cells = [cells_of(rows, launch, context_width=context_width, decisions=decisions) for launch in launches]
     order = np.concatenate([launch.reshape(-1) for launch in launches])

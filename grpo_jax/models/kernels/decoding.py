@@ -11,6 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.models.folding import FOLDS, folded
+
 BLOCK_BYTES = 2**20  # of keys, and again of values, fetched at once; twice that of each is in flight
 _LANES, _SUBLANES = 128, 8
 _MASKED = -1e30  # finite: a block of which a row sees nothing must not give inf - inf
@@ -76,7 +78,9 @@ def decode_attention(
         return layer[0], c, h, jnp.clip(ranges[0, c] + j, ranges[0, c], ranges[1, c]), 0
 
     def own_block(c, h, j, layer, window, split, lengths, filled, ranges):
-        return layer[0], c // run, c % run, h, jnp.clip(ranges[2, c] + j - split[0], ranges[2, c], ranges[3, c]), 0
+        block = jnp.clip(ranges[2, c] + j - split[0], ranges[2, c], ranges[3, c])
+        block, first = folded(block, pl.cdiv(T, size.columns), own[0].shape[2])
+        return layer[0], c // run, first // G + c % run, h, block, 0
 
     row_block = pl.BlockSpec((1, G, size.heads, rows, D), lambda c, h, j, *_: (c, 0, h, 0, 0))
     context_spec = pl.BlockSpec((1, 1, size.heads, size.tokens, D), context_block)
@@ -109,7 +113,7 @@ def _plan(lengths, filled, layer, window, size: Tiles, P: int, T: int):
     The last of them, [4, C]: the first and last block of the context, and of the own columns, that any row sees.
     """
     lengths = jnp.minimum(lengths.astype(jnp.int32), P)
-    filled = jnp.minimum(filled.astype(jnp.int32), T)
+    filled = jnp.minimum(filled.astype(jnp.int32), FOLDS * T)
     window = jnp.asarray(_EVERYWHERE if window is None else jnp.minimum(window, _EVERYWHERE), jnp.int32)
     shortest, longest = filled.min(axis=1), filled.max(axis=1)
     begin = jnp.clip(lengths + shortest - window, 0, lengths)  # the first context token that a row may see
