@@ -131,7 +131,7 @@ def attend_cached(
     if S == 1 and on_tpu():
         only = KeysValues(*(x[:, 0] for x in own))
         far, near = ((jnp.swapaxes(kept.keys, -1, -2), kept.values) for kept in (prefix, only))
-        options = {"scale": scale, "softcap": cap, "window": window}
+        options = {"scale": scale, "softcap": cap, "window": window, "folds": folds}
         return attend_newest(queries[:, :, 0], far, prefix_lengths, near, filled, layer, **options)[:, :, None]
     (_, blocks, shards, *_, T), P, kv_heads = own.keys.shape, prefix.keys.shape[-1], prefix.keys.shape[2]
     by_row = jnp.swapaxes(queries.reshape(C, G, S, kv_heads, H // kv_heads, D), 2, 3)  # [C, G, Hkv, S, R, D]

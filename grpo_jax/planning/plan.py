@@ -14,7 +14,7 @@ from grpo_jax.planning.collectives import Collective, Wires
 from grpo_jax.planning.memory import Split, split
 from grpo_jax.planning.programs import Built, build, held
 from grpo_jax.planning.rehearsal import Rehearsal, rehearse
-from grpo_jax.planning.roofline import Part, Work, price
+from grpo_jax.planning.roofline import Part, Work, price, together
 from grpo_jax.sampling import bucket
 from grpo_jax.training.assemble import describe_layout
 from grpo_jax.training.configuration import Config
@@ -105,7 +105,7 @@ def make_plan(config: Config, place: Slice, *, done: Callable[[Built], None] = l
         memory = split(built, parameters=parameters, optimizer=optimizer, layers=shape.num_layers)
         sends = priced.sends if priced else []
         refused = built.memory.refused
-        programs.append(Program(built.name, built.runs, built.turns, memory, refused, sends, built.seconds))
+        programs.append(Program(built.name, built.runs, sum(built.turns), memory, refused, sends, built.seconds))
         parts += priced.parts if priced else []
     plan = Plan(
         config=config,
@@ -116,7 +116,7 @@ def make_plan(config: Config, place: Slice, *, done: Callable[[Built], None] = l
         sampling=rehearsal.language.arrangement.said,
         work=work,
         programs=programs,
-        parts=parts,
+        parts=together(parts),
         advice=[],
         seconds=time.perf_counter() - begun,
     )

@@ -16,9 +16,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax.models.folding import FOLDS
 from grpo_jax.models.sharding import sharding
 from grpo_jax.planning.rehearsal import Rehearsal, everywhere, placed
-from grpo_jax.sampling.decoding import Cells, draw
+from grpo_jax.sampling.decoding import Cells, columns_of, draw, grids_of, read_at_once
+from grpo_jax.sampling.language_model import Launch
 from grpo_jax.sampling.requests import Rows
 from grpo_jax.sampling.traced import key_of
 from grpo_jax.sampling.weights import prepared
@@ -49,7 +51,7 @@ class Memory(NamedTuple):
 class Built(NamedTuple):
     """A compiled program: how often a step runs it, the bytes of its arguments by kind, its memory and its text.
 
-    text: None if it was refused. turns: of the loop that the compiler cannot count: tokens, or micro-batches.
+    text: None if it was refused. turns: of the loops that the compiler cannot count: tokens, or micro-batches.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Built(NamedTuple):
     arguments: dict[str, float]
     memory: Memory
     text: str | None
-    turns: int
+    turns: tuple[int, ...]
     seconds: float
 
     @property
@@ -103,14 +105,29 @@ def _sampler(rehearsal: Rehearsal, role: str, rows: Rows, add: Callable[[Built],
         add(made.built(kinds=kinds))
         weights, kinds = made.out, {"copy": made.out}
     over, key = sharding("cells", mesh), key_of(role, fold(run.seed))
-    for n, launch in enumerate(language.launches(rows)):
+    left, T = len(rows), 0
+    for launch in language.launches(rows):
         places = launch.places(rows)
         cells = launch.cells(rows, places[0])
         cells = Cells(*(placed(x, everywhere(mesh) if n == "stops" else over) for n, x in cells._asdict().items()))
         arguments = language.graphdef(role), weights, cells, key
         with language.on_mesh():
-            made = _compile(mesh, "sample again" if n else "sample", draw, *arguments, **launch.options)
-        add(made.built(runs=0 if n else len(places), kinds=kinds, turns=launch.decisions))
+            made = _compile(mesh, "sample again" if T else "sample", draw, *arguments, **launch.options)
+            turns = _turns(launch, language.shards)
+        runs, T = -(-left // (launch.slots * launch.width)), launch.decisions
+        left -= runs * launch.slots * launch.width // launch.options["folds"]
+        add(made.built(runs=runs, kinds=kinds, turns=turns))
+
+
+def _turns(launch: Launch, shards: int) -> tuple[int, ...]:
+    """Of the loops of a launch whose rows are all drawn to the end, as far as there is room; or which goes on with rows
+    that have a quarter of it or a half."""
+    T, P, options = launch.decisions, launch.context_width, launch.options
+    if options["has_given"]:
+        return -(-T // 2 // read_at_once(T, P)), T - T // FOLDS
+    grids = grids_of(launch.slots, launch.width, T, P, shards)
+    ends = np.maximum.accumulate([0, *columns_of(grids, T, options["folds"])])
+    return tuple(int(n) for n in np.diff(ends))
 
 
 def _trainer(run: Run, batch: Batch, rows: int, add: Callable[[Built], None]) -> None:
@@ -127,7 +144,7 @@ def _trainer(run: Run, batch: Batch, rows: int, add: Callable[[Built], None]) ->
             whose = arguments[0]
             policy = whose if isinstance(whose, Policy) else Policy(whose if "role" in static else None)
             kinds = {"parameters": policy.params, "optimizer": policy.optimizer}
-            add(made.built(runs=runs, kinds=kinds, turns=int(arguments[-1]) if counted else 1))
+            add(made.built(runs=runs, kinds=kinds, turns=(int(arguments[-1]) if counted else 1,)))
             return made.out
 
         return call
@@ -153,7 +170,7 @@ class _Made(NamedTuple):
     out: PyTree
     seconds: float
 
-    def built(self, *, kinds: dict[str, PyTree], runs: int = 1, turns: int = 1) -> Built:
+    def built(self, *, kinds: dict[str, PyTree], runs: int = 1, turns: tuple[int, ...] = (1,)) -> Built:
         held_of = {kind: held(tree) for kind, tree in kinds.items()}
         return Built(self.name, runs, held_of, self.memory, self.text, turns, self.seconds)
 

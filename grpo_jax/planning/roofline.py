@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from grpo_jax.models import TransformerConfig
@@ -54,6 +55,15 @@ class Part(NamedTuple):
         return max(waits, key=lambda name: waits[name])
 
 
+def together(parts: Iterable[Part]) -> list[Part]:
+    """Those of one name as one."""
+    by_name: dict[str, Part] = {}
+    for part in parts:
+        known = by_name.get(part.name)
+        by_name[part.name] = Part(part.name, *map(sum, zip(known[1:], part[1:]))) if known else part
+    return list(by_name.values())
+
+
 class Priced(NamedTuple):
     """A program's parts and what it sends, all its runs."""
 
@@ -62,9 +72,9 @@ class Priced(NamedTuple):
 
 
 def price(built: Built, wires: Wires, config: TransformerConfig, work: Work) -> Priced | None:
-    """A program against the rates of its chips; None if it was refused, or need not run. A sampler has two parts, and
-    draws every row to its full length, as if there were room for all of that."""
-    if built.text is None or not built.runs:
+    """A program against the rates of its chips; None if it was refused. A sampler has two parts, and draws every row to
+    its full length."""
+    if built.text is None:
         return None
     rates = Rates(wires.chip.peak, wires.chip.hbm_bandwidth)
     program = Program(built.text, rates)
@@ -74,7 +84,7 @@ def price(built: Built, wires: Wires, config: TransformerConfig, work: Work) -> 
     def part(name: str, cost: Cost, sends: list[Collective]) -> Part:
         moved, flops, chip = cost.times(built.runs)
         ici, dcn = (sum(getattr(c, f"{net}_seconds") for c in sends) * built.runs for net in ("ici", "dcn"))
-        share = useful.get(name, useful.get(name.split(" ")[0], 0.0)) * (1 if built.samples else built.runs)
+        share = useful.get(name.split(" ")[0], 0.0) * (built.name == "sample" if built.samples else built.runs)
         return Part(name, flops, moved, flops / rates.flops, moved / rates.bytes, chip, ici, dcn, share)
 
     cost, sends = program.total(loops=loops), collectives(program, wires, loops)
@@ -88,11 +98,12 @@ def price(built: Built, wires: Wires, config: TransformerConfig, work: Work) -> 
     return Priced([part("prefill", before, quiet), part("decode", cost + before.times(-1), later)], everything)
 
 
-def counted(program: Program, turns: int) -> dict[str, float]:
-    """Turns of the loops that the compiler cannot count: the first of the program gets them all. Later ones are for the
-    rows that are left when others have finished, and here none finishes early."""
-    unknown = [loop.name for loop in program.loops() if program.trips(loop) is None]
-    return {name: float(turns) if n == 0 else 0.0 for n, name in enumerate(unknown)}
+def counted(program: Program, turns: Sequence[int]) -> dict[str, float]:
+    """Turns of the loops that the compiler cannot count and that compute: in their order, and none of those beyond,
+    which are for the rows that are left when others have finished. Here none finishes early."""
+    unknown = [loop for loop in program.loops() if program.trips(loop) is None]
+    computing = [loop.name for loop in unknown if program.cost(loop.called("body") or "").flops > 0]
+    return dict.fromkeys((loop.name for loop in unknown), 0.0) | {n: float(t) for n, t in zip(computing, turns)}
 
 
 def layer_weights(config: TransformerConfig) -> float:

@@ -90,15 +90,12 @@ def draw(
     loop = _begin(model, table, has_given, shards, folds)
     results = jax.tree.map(lambda x: x.reshape(c * g, *x.shape[2:]), loop.drawn)
     grids = grids_of(c, g, t_max, cells.contexts.shape[1], shards)
-    for grid, smaller in zip(grids, [*grids[1:], None]):
+    for grid, smaller, end in zip(grids, [*grids[1:], None], columns_of(grids, t_max, folds)):
         if grid is not grids[0]:
             results = put_back(results, loop.drawn, table.rows)
             table, loop = _regrouped(table, loop, regroup(loop.active, table.owners, grid), folds)
         step = partial(_step, model, table, restricts, folds)
-        columns = (
-            min(t_max, columns_at_first(t_max, folds) * folds_of(grid.rows, grids[0].rows)) if folds > 1 else t_max
-        )
-        loop = jax.lax.while_loop(partial(_goes_on, columns, table.owners, smaller), step, loop)
+        loop = jax.lax.while_loop(partial(_goes_on, end, table.owners, smaller), step, loop)
     results = put_back(results, loop.drawn, table.rows)
     return jax.tree.map(lambda x: x.reshape(c, g, *x.shape[1:]), results)
 
@@ -106,6 +103,17 @@ def draw(
 def grids_of(contexts: int, width: int, decisions: int, context: int, shards: int) -> list[Grid]:
     """The grids in which `draw` draws, one after the other."""
     return ladder(contexts, width, decisions, context=context, shards=shards, by_rows=on_cpu())
+
+
+def columns_of(grids: list[Grid], decisions: int, folds: int) -> list[int]:
+    """Up to which column each of them draws."""
+    room, places = columns_at_first(decisions, folds), grids[0].rows
+    return [min(decisions, room * (folds_of(grid.rows, places) if folds > 1 else 1)) for grid in grids]
+
+
+def read_at_once(decisions: int, context: int) -> int:
+    """How many given decisions of each row."""
+    return min(decisions, max(8, READ // max(decisions, context)))
 
 
 class _Table(NamedTuple):
@@ -165,7 +173,7 @@ def _read(
 ) -> tuple[KeysValues, Float[Array, "C G T"]]:
     """The cache with what is given in it, and the log-probs of that: some columns at a time, up to the last given."""
     cells, T = table.cells, inputs.shape[2]
-    size = min(T, max(8, READ // max(T, cells.contexts.shape[1])))
+    size = read_at_once(T, cells.contexts.shape[1])
 
     def some(read: tuple[Array, KeysValues, Array]) -> tuple[Array, KeysValues, Array]:
         column, own, logps = read
@@ -179,9 +187,9 @@ def _read(
     return jax.lax.while_loop(lambda read: read[0] < jnp.max(cells.given_lengths), some, start)[1:]
 
 
-def _goes_on(columns: int, owners: Int[Array, " C"], smaller: Grid | None, loop: _Loop) -> Bool[Array, ""]:
+def _goes_on(end: int, owners: Int[Array, " C"], smaller: Grid | None, loop: _Loop) -> Bool[Array, ""]:
     """Until all rows are finished, or the active ones fit into the next smaller grid, or there are no more columns."""
-    more = jnp.any(loop.active) & (loop.column < columns)
+    more = jnp.any(loop.active) & (loop.column < end)
     return more if smaller is None else more & ~smaller.fits(loop.active, owners)
 
 

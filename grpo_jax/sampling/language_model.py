@@ -134,27 +134,25 @@ class LanguageModel:
         Where one does not hold all rows at full length, there is one that begins with a quarter of the columns, and the
         more rows: most finish early and make room for the others. A second goes on with what found none.
         """
-        context_width = max(bucket(self.max_prompt), bucket(rows.contexts.tokens.shape[1]))
-        decisions = self._decisions(rows.given.shape[1])
-        has_given = bool(rows.given_lengths.any())
-
-        def launch(*, has_given: bool, folds: int = 1, multiple: int = 1) -> Launch:
-            columns = columns_at_first(decisions, folds)
-            width, slots = self._cells(rows, context_width, columns, multiple=self.shards * multiple)
-            options = {"restricts": rows.restricts, "has_given": has_given, "shards": self.shards, "folds": folds}
-            return Launch(context_width, decisions, width, slots, options)
-
-        def foldable(wide: Launch) -> bool:
-            with self.on_mesh():
-                grids = grids_of(wide.slots, wide.width, decisions, context_width, self.shards)
-            return can_fold(grids)
-
-        whole = launch(has_given=has_given)
+        whole = self.launch(rows)
+        decisions, has_given = whole.decisions, whole.options["has_given"]
         if has_given or decisions < FOLDS * COLUMNS or whole.times(rows) == 1:
             return [whole]
-        wide = (launch(has_given=False, folds=FOLDS, multiple=n) for n in (FOLDS, 1))
-        best = min([*filter(foldable, wide), whole], key=lambda x: x.times(rows))
-        return [whole] if best is whole else [best, launch(has_given=True)]
+        wide = [self.launch(rows, folds=FOLDS, multiple=n) for n in (FOLDS, 1)]
+        with self.on_mesh():
+            able = [x for x in wide if can_fold(grids_of(x.slots, x.width, decisions, x.context_width, self.shards))]
+        best = min([*able, whole], key=lambda x: (x.times(rows), x.slots))
+        return [whole] if best is whole else [best, self.launch(rows, has_given=True)]
+
+    def launch(self, rows: Rows, *, has_given: bool = False, folds: int = 1, multiple: int = 1) -> Launch:
+        """The sampler for rows like these, with room for all their columns or, folded, for a quarter."""
+        context_width = max(bucket(self.max_prompt), bucket(rows.contexts.tokens.shape[1]))
+        asked, has_given = rows.given.shape[1], has_given or bool(rows.given_lengths.any())
+        decisions = self.max_new if asked <= self.max_new else bucket(asked)  # the next bucket for prefixes beyond it
+        columns = columns_at_first(decisions, folds)
+        width, slots = self._cells(rows, context_width, columns, multiple=self.shards * multiple)
+        options = {"restricts": rows.restricts, "has_given": has_given, "shards": self.shards, "folds": folds}
+        return Launch(context_width, decisions, width, slots, options)
 
     def _asked(self, so_far: SoFar, launch: Launch) -> tuple[np.ndarray, list[np.ndarray], Iterator[Cells]]:
         """The rows that are left, their places among these in every launch, and its cells on the mesh.
@@ -198,10 +196,6 @@ class LanguageModel:
 
     def prompt_length(self, prompt: Prompt) -> int:
         return len(self.tokenizer.encode_prompt(prompt.text))
-
-    def _decisions(self, asked: int) -> int:
-        """The width of the completion axis: the configured budget, or the next bucket for prefixes beyond it."""
-        return self.max_new if asked <= self.max_new else bucket(asked)
 
     def _cells(self, rows: Rows, context_width: int, decisions: int, *, multiple: int) -> tuple[int, int]:
         """Rows per context and contexts per launch.

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 
 from grpo_jax.models.sharding import sharding
 from grpo_jax.sampling.decoding import Cells, Drawn, draw
-from grpo_jax.sampling.requests import bucket, cells_of, pack, rollout_of
+from grpo_jax.sampling.requests import rollout_of
 from grpo_jax.types import Batch, Key, PyTree, Request, Rollout
 
 if TYPE_CHECKING:
@@ -41,11 +41,9 @@ def key_of(role: str, key: Key) -> Key:
 def prepare(language: LanguageModel, requests: Sequence[Request], numbers: Counter) -> tuple[Rollout, Launches]:
     """The rows of these requests with nothing drawn, and how to draw them. None of them has given decisions."""
     rows = language.rows_of(requests, numbers)
-    n, decisions = len(rows), language._decisions(rows.given.shape[1])
-    context_width = max(bucket(language.max_prompt), bucket(rows.contexts.tokens.shape[1]))
-    width, slots = language._cells(rows, context_width, decisions, multiple=language.shards)
-    launches = pack(rows, width=width, slots=slots)
-    cells = [cells_of(rows, launch, context_width=context_width, decisions=decisions) for launch in launches]
+    n, launch = len(rows), language.launch(rows)
+    launches = launch.places(rows)
+    cells = [launch.cells(rows, places) for places in launches]
     order = np.concatenate([launch.reshape(-1) for launch in launches])
     place = np.zeros(n, np.int32)
     place[order[order >= 0]] = np.flatnonzero(order >= 0)

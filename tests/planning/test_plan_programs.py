@@ -9,11 +9,13 @@ from rich.console import Console
 
 from grpo_jax import cli
 from grpo_jax.experiment import Experiment
+from grpo_jax.models import folding
 from grpo_jax.planning import CHIPS, Slice, make_plan, programs, show, to_json
 from grpo_jax.planning.memory import Split
 from grpo_jax.planning.programs import Memory
 from grpo_jax.planning.rehearsal import everywhere, placed, rehearse
-from grpo_jax.sampling import decoding
+from grpo_jax.planning.roofline import Part, together
+from grpo_jax.sampling import compaction, decoding, language_model
 from grpo_jax.training.configuration import parse
 from grpo_jax.training.loop import iterate
 from grpo_jax.training.mesh import make_mesh
@@ -113,6 +115,27 @@ def test_of_several_updates_all_but_the_first_need_a_pass_of_old_log_probs(trace
         "update": 1,
         "update after the first": 3,
     }
+
+
+def test_rows_for_which_there_is_no_room_at_first_are_planned_to_be_drawn_again(traced, monkeypatch):
+    """On each of 4 shards 32 rows begin, 8 of them come to the end, and 24 go on later, 8 at a time."""
+    monkeypatch.setattr(folding, "COLUMNS", 4)
+    monkeypatch.setattr(language_model, "COLUMNS", 4)
+    monkeypatch.setattr(compaction, "FEWEST_DECISIONS", 16)
+    jax.clear_caches()
+    batch, sampling = {"prompts": 16, "group_size": 8, "tokens_per_device": 64}, {"max_new": 48}
+    config = parse({**RUN, "batch": batch, "sampling": sampling})
+    built = {b.name: b for b in programs.build(rehearse(config, make_mesh(**config.mesh.model_dump())))}
+    jax.clear_caches()
+    sample, again = built["sample"], built["sample again"]
+    assert sample.runs == 1 and sample.turns[0] == 12 and sum(sample.turns) == 48
+    assert again.runs == 3 and again.turns == (1, 36)  # what is given is read at once
+
+
+def test_parts_of_one_name_are_one():
+    one, two = (Part("decode", *(float(n * x) for x in range(8))) for n in (1, 10))
+    other = one._replace(name="update")
+    assert together([one, other, two]) == [Part("decode", *(11.0 * x for x in range(8))), other]
 
 
 def test_weights_cross_the_network_once_a_rollout_and_activations_are_summed_over_tensor(plan):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models import KeysValues, create, folding
+from grpo_jax.models import KeysValues, create, folding, logical_axes, shardings
 from grpo_jax.models.cached import attend_cached, moved, written
 from grpo_jax.models.folding import FOLDS, columns_at_first, folded, folds_of
 from grpo_jax.models.kernels.decoding import decode_attention
@@ -16,8 +16,10 @@ from grpo_jax.sampling import compaction, decoding, draw, language_model
 from grpo_jax.sampling.compaction import Grid, can_fold, ladder
 from grpo_jax.sampling.decoding import grids_of
 from grpo_jax.training.instruments import CompileCounter
+from grpo_jax.training.mesh import make_mesh
 from grpo_jax.types import Prompt, Request
 from tests.sampling.test_compaction import CONFIG, ragged
+from tests.sampling.test_language_model import CONFIG as MODEL
 from tests.sampling.test_language_model import PARAMS, assert_same_rows, language
 
 T = 48
@@ -141,18 +143,22 @@ def requests(**options):
 def sampled(asked, key=5, **options):
     policy = language(max_new=T, cells=(8, 8), temperature=1.0, **options)
     launches = policy.launches(policy.rows_of(asked, Counter()))
-    return launches, policy.sample({"policy": PARAMS}, asked, jax.random.key(key))
+    params = jax.device_put(PARAMS, shardings(logical_axes(MODEL), policy.mesh))
+    return launches, policy.sample({"policy": params}, asked, jax.random.key(key))
 
 
 @pytest.mark.parametrize(
-    "options, stop",
-    [({"min_new": 30}, ("a", "bc", "d")), ({"min_new": 20, "top_k": 5, "top_p": 0.9}, ("ab", "cd", "ga"))],
-    ids=["whole", "of the likeliest"],
+    "options, stop, sizes",
+    [
+        ({"min_new": 30}, ("a", "bc", "d"), {}),
+        ({"min_new": 20, "top_k": 5, "top_p": 0.9}, ("ab", "cd", "ga"), {"fsdp": 2, "tensor": 2}),
+    ],
+    ids=["whole", "of the likeliest, on a mesh"],
 )
-def test_rows_that_found_no_room_go_on_as_if_nothing_had_been(short, options, stop):
-    asked = requests(options=options, stop=stop)
+def test_rows_that_found_no_room_go_on_as_if_nothing_had_been(short, options, stop, sizes):
+    asked, mesh = requests(options=options, stop=stop), make_mesh(**sizes, devices=jax.devices()[: 4 if sizes else 1])
     (one,), want = sampled(asked, tokens=8 * FEW)
-    launches, got = sampled(asked, tokens=3 * FEW)
+    launches, got = sampled(asked, tokens=3 * FEW // (2 if sizes else 1) + 60, mesh=mesh)
     assert [x.options["folds"] for x in (one, *launches)] == [1, FOLDS, 1] and launches[1].options["has_given"]
     assert launches[0].slots * launches[0].width == 64, "all begin at once"
     assert (got.lengths > T // 2).sum() > 16, "more than there was room for"

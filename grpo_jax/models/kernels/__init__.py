@@ -26,13 +26,14 @@ def attend_newest(
     scale: float,
     softcap: float | None = None,
     window: Int[Array, ""] | int | None = None,
+    folds: int = 1,
     interpret: bool = False,
 ) -> Float[Array, "C G H D"]:
     """`decoding.decode_attention`, contexts and heads divided over the mesh."""
     from grpo_jax.models.kernels.decoding import decode_attention
 
     C, G = queries.shape[:2]
-    options = {"scale": scale, "softcap": softcap, "interpret": interpret}
+    options = {"scale": scale, "softcap": softcap, "folds": folds, "interpret": interpret}
 
     def local(queries, prefix, lengths, own, filled, layer, *window):
         near = window[0] if window else None

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.folding import FOLDS, folded
+from grpo_jax.models.folding import FOLDS, folded, folds_of
 
 BLOCK_BYTES = 2**20  # of keys, and again of values, fetched at once; twice that of each is in flight
 _LANES, _SUBLANES = 128, 8
@@ -53,6 +53,7 @@ def decode_attention(
     scale: float,
     softcap: float | None = None,
     window: Int[Array, ""] | int | None = None,
+    folds: int = 1,
     interpret: bool = False,
 ) -> Float[Array, "C G H D"]:
     """Causal grouped-query attention of every row's newest token over its context and its own columns.
@@ -64,7 +65,8 @@ def decode_attention(
     read once for all rows of its group, own columns as far as the longest row of the group is filled; blocks beyond,
     or before every row's window, are not read. Keys and values come of all layers, and `layer` says which: a slice of
     one layer would be a copy. own: S runs of N rows, of which the first C G / S are the rows of C / S contexts each.
-    filled: own columns that exist, the newest included; a row that sees nothing gives 0.
+    filled: own columns that exist, the newest included; a row that sees nothing gives 0. folds: they may come to
+    so many times the columns of `own`, which says what this costs.
     """
     C, G, H, D = queries.shape
     kv_heads, P, T, run = prefix[0].shape[2], prefix[0].shape[3], own[0].shape[4], C // own[0].shape[1]
@@ -86,6 +88,9 @@ def decode_attention(
     context_spec = pl.BlockSpec((1, 1, size.heads, size.tokens, D), context_block)
     own_spec = pl.BlockSpec((1, 1, G, size.heads, size.columns, D), own_block)
     shape = (G, size.heads, rows)
+    turns = folds_of(run * G, own[0].shape[2]) if folds > 1 else 1
+    begun = T * turns // 2 if turns > 1 else 0  # before that there were more rows
+    read = (begun + T * turns + size.columns) // 2  # on average, up to the end of a block
     # otherwise the compiler may spend the fast memory on a copy of them, which it would have to make for every token
     if not interpret:
         prefix, own = (tuple(pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in pair) for pair in (prefix, own))
@@ -100,7 +105,7 @@ def decode_attention(
         ),
         out_shape=jax.ShapeDtypeStruct(grouped.shape, jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(C, G, H, kv_heads, P, T, D, own[0].dtype.itemsize, size.columns),
+        cost_estimate=_cost(C, G, H, kv_heads, P, read, D, own[0].dtype.itemsize),
         interpret=interpret,
         name="decode_attention",
     )(*plan, grouped, *prefix, *own)
@@ -231,11 +236,8 @@ def _product(left, right, over_left: int, over_right: int, *, batch: bool = Fals
     return jax.lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _cost(
-    C: int, G: int, H: int, kv_heads: int, P: int, T: int, D: int, itemsize: int, columns: int
-) -> pl.CostEstimate:
-    """For a full context and a cache that is half filled, as it is on average, up to the end of a block."""
-    read = (T + columns) // 2
+def _cost(C: int, G: int, H: int, kv_heads: int, P: int, read: int, D: int, itemsize: int) -> pl.CostEstimate:
+    """For a full context and so many own columns."""
     moved = 2 * C * kv_heads * (P + G * read) * D * itemsize + 2 * 4 * C * G * H * D
     pairs = C * G * H * (P + read)
     return pl.CostEstimate(flops=4 * pairs * D, bytes_accessed=moved, transcendentals=pairs)
