@@ -95,7 +95,7 @@ def build(rehearsal: Rehearsal, *, done: Callable[[Built], None] = lambda built:
 
 def _sampler(rehearsal: Rehearsal, role: str, rows: Rows, add: Callable[[Built], None]) -> None:
     """The weights as they lie while completions are drawn; then prefill and decode of one launch, and of one that goes
-    on with rows that found no room, which a step may not need: it counts no runs."""
+    on with rows that found no room, as often as it could come to."""
     run, language, mesh = rehearsal.run, rehearsal.language, rehearsal.run.mesh
     params = (run.policies.get(role) or run.policies["policy"]).params
     arranged, weights = prepared(language.arrangement, language.compute_dtype), params
@@ -113,18 +113,19 @@ def _sampler(rehearsal: Rehearsal, role: str, rows: Rows, add: Callable[[Built],
         arguments = language.graphdef(role), weights, cells, key
         with language.on_mesh():
             made = _compile(mesh, "sample again" if T else "sample", draw, *arguments, **launch.options)
-            turns = _turns(launch, language.shards)
+            turns = _turns(launch, rows.given_lengths, language.shards)
         runs, T = -(-left // (launch.slots * launch.width)), launch.decisions
         left -= runs * launch.slots * launch.width // launch.options["folds"]
         add(made.built(runs=runs, kinds=kinds, turns=turns))
 
 
-def _turns(launch: Launch, shards: int) -> tuple[int, ...]:
+def _turns(launch: Launch, given: np.ndarray, shards: int) -> tuple[int, ...]:
     """Of the loops of a launch whose rows are all drawn to the end, as far as there is room; or which goes on with rows
-    that have a quarter of it or a half."""
+    that have something: what is given, or a quarter of the columns or a half."""
     T, P, options = launch.decisions, launch.context_width, launch.options
     if options["has_given"]:
-        return -(-T // 2 // read_at_once(T, P)), T - T // FOLDS
+        least, most = (given.min(), given.max()) if given.any() else (T // FOLDS, T // 2)
+        return -(-int(most) // read_at_once(T, P)), T - int(least)
     grids = grids_of(launch.slots, launch.width, T, P, shards)
     ends = np.maximum.accumulate([0, *columns_of(grids, T, options["folds"])])
     return tuple(int(n) for n in np.diff(ends))

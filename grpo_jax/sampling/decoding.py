@@ -76,7 +76,7 @@ def draw(
     finish, the others go on in fewer and fewer cells, each device's among themselves.
 
     restricts: which of "top_k", "top_p", "min_p" and "min_new" any row has (static; what none has costs nothing).
-    has_given: whether any row has given decisions (static; they are scored in one parallel pass).
+    has_given: whether any row has given decisions (static; they are read, and scored, some columns at a time).
     shards: devices over which the contexts are divided (static).
     folds: 1; or `FOLDS`, for memory of a quarter of all columns, where nothing is given (static). Rows go on beyond
     it, and beyond its double, as far as no more than a half, and a quarter, of them is left; others come back

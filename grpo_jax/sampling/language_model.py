@@ -26,20 +26,18 @@ from grpo_jax.types import Batch, Decisions, Domain, Key, Prompt, PyTree, Reques
 
 
 class Launch(NamedTuple):
-    """The size of a launch of the sampler, and its static options."""
+    """The size of a launch of the sampler, how many of them usual rows take, and its static options."""
 
     context_width: int
     decisions: int
     width: int
     slots: int
+    usually: int
     options: dict[str, Any]
 
     def places(self, rows: Rows) -> list[np.ndarray]:
         """Which rows every launch draws."""
         return pack(rows, width=self.width, slots=self.slots)
-
-    def times(self, rows: Rows) -> int:
-        return len(self.places(rows))
 
     def cells(self, rows: Rows, places: np.ndarray) -> Cells:
         return cells_of(rows, places, context_width=self.context_width, decisions=self.decisions)
@@ -131,17 +129,17 @@ class LanguageModel:
     def launches(self, rows: Rows) -> list[Launch]:
         """The launches of the sampler that draw these rows, each as often as it takes.
 
-        Where one does not hold all rows at full length, there is one that begins with a quarter of the columns, and the
-        more rows: most finish early and make room for the others. A second goes on with what found none.
+        Where one does not hold all usual rows at full length, there is one that begins with a quarter of the columns,
+        and the more rows: most finish early and make room for the others. A second goes on with what found none.
         """
         whole = self.launch(rows)
         decisions, has_given = whole.decisions, whole.options["has_given"]
-        if has_given or decisions < FOLDS * COLUMNS or whole.times(rows) == 1:
+        if has_given or decisions < FOLDS * COLUMNS or whole.usually == 1:
             return [whole]
         wide = [self.launch(rows, folds=FOLDS, multiple=n) for n in (FOLDS, 1)]
         with self.on_mesh():
             able = [x for x in wide if can_fold(grids_of(x.slots, x.width, decisions, x.context_width, self.shards))]
-        best = min([*able, whole], key=lambda x: (x.times(rows), x.slots))
+        best = min([*able, whole], key=lambda x: (x.usually, x.slots))
         return [whole] if best is whole else [best, self.launch(rows, has_given=True)]
 
     def launch(self, rows: Rows, *, has_given: bool = False, folds: int = 1, multiple: int = 1) -> Launch:
@@ -150,9 +148,9 @@ class LanguageModel:
         asked, has_given = rows.given.shape[1], has_given or bool(rows.given_lengths.any())
         decisions = self.max_new if asked <= self.max_new else bucket(asked)  # the next bucket for prefixes beyond it
         columns = columns_at_first(decisions, folds)
-        width, slots = self._cells(rows, context_width, columns, multiple=self.shards * multiple)
+        size = self._cells(rows, context_width, columns, multiple=self.shards * multiple)
         options = {"restricts": rows.restricts, "has_given": has_given, "shards": self.shards, "folds": folds}
-        return Launch(context_width, decisions, width, slots, options)
+        return Launch(context_width, decisions, *size, options)
 
     def _asked(self, so_far: SoFar, launch: Launch) -> tuple[np.ndarray, list[np.ndarray], Iterator[Cells]]:
         """The rows that are left, their places among these in every launch, and its cells on the mesh.
@@ -197,8 +195,8 @@ class LanguageModel:
     def prompt_length(self, prompt: Prompt) -> int:
         return len(self.tokenizer.encode_prompt(prompt.text))
 
-    def _cells(self, rows: Rows, context_width: int, decisions: int, *, multiple: int) -> tuple[int, int]:
-        """Rows per context and contexts per launch.
+    def _cells(self, rows: Rows, context_width: int, decisions: int, *, multiple: int) -> tuple[int, int, int]:
+        """Rows per context and contexts per launch, and launches for as many rows as usual.
 
         The usual cells where there are any and the rows fill more than a quarter of them, so that whatever is asked for
         streams through one program; otherwise what is asked for, with less than a fifth of padding. Never more than the
@@ -208,13 +206,16 @@ class LanguageModel:
         contexts, width = self.cells or (0, int(np.median(counts)))
         if counts.max() == 1:
             contexts, width = contexts * width, 1
-        width = max(1, min(width, (self.tokens - context_width) // decisions))
+        asked, width = width, max(1, min(width, (self.tokens - context_width) // decisions))
         per_launch = self.tokens // (context_width + width * decisions) * self.shards
         needed = int(sum(-(-n // width) for n in counts))
         if needed <= contexts / 4 or not contexts:
             step = max(1, 2 ** (needed.bit_length() - 3))
-            contexts = -(-needed // step) * step
-        return width, max(multiple, min(per_launch // multiple * multiple, -(-contexts // multiple) * multiple))
+            usual = contexts = -(-needed // step) * step
+        else:
+            usual = contexts * -(-asked // width)
+        slots = max(multiple, min(per_launch // multiple * multiple, -(-contexts // multiple) * multiple))
+        return width, slots, -(-usual // slots)
 
     def _place(self, cells: Cells) -> Cells:
         if self.mesh.size == 1:

@@ -170,13 +170,14 @@ def test_rows_that_found_no_room_go_on_as_if_nothing_had_been(short, options, st
 
 
 def test_whatever_the_lengths_nothing_is_compiled_later(short):
-    """In the first call no row finds too little room, in the second most do."""
+    """In the first call no row finds too little room, in the second most do, and the third has fewer rows."""
     everything = tuple("abcdefghijk")
     _, rows = sampled(requests(stop=everything, options={"min_new": 1}), tokens=3 * FEW)
     assert rows.lengths.max() == 2
     with CompileCounter() as compiled:
-        _, rows = sampled(requests(stop=everything, options={"min_new": T}), tokens=3 * FEW, key=6)
-    assert rows.lengths.min() == T and compiled.total.count == 0
+        _, rows = sampled(asked := requests(stop=everything, options={"min_new": T}), tokens=3 * FEW, key=6)
+        _, fewer = sampled(asked[:3], tokens=3 * FEW, key=6)
+    assert rows.lengths.min() == T and fewer.lengths.min() == T and compiled.total.count == 0
 
 
 def test_one_launch_is_enough_where_all_fit_or_rows_begin_with_something(short):
