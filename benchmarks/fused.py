@@ -35,6 +35,7 @@ def runner(path: str, overrides: list[str], directory: str, *, fused: bool) -> C
         clock=run.clock,
         compiled=experiment.compiled,
         truncated_limit=1.0,
+        exact=experiment.config.model.exact,
         prompt=experiment.pool.__getitem__,
         decode=experiment.model.tokenizer.decode,
     )

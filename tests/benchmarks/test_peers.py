@@ -9,8 +9,9 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
+from benchmarks import fused
 from benchmarks.peers import __main__ as comparison
-from benchmarks.peers import floors, measure, models, ours, table, targets, workload
+from benchmarks.peers import floors, measure, models, ours, run_ours, table, targets, workload
 from benchmarks.peers.schedule import ENVIRONMENTS, PEERS, PLAN, better_waiting, schedule
 from benchmarks.peers.workload import MODELS, SHAPES, Shape, Sizes
 from grpo_jax.data import load_tokenizer
@@ -261,3 +262,12 @@ def test_our_sampler_goes_on_to_the_end(tiny):
     language = ours.unending(experiment)
     assert experiment.language.tokenizer.stop_ids == (1,) and language.tokenizer.stop_ids == ()
     assert language.tokenizer.vocab_size == 512 and language.max_new == SHAPE.new
+
+
+def test_steps_as_one_program_run_beside_the_same_part_by_part(monkeypatch):
+    monkeypatch.setattr(fused, "BLOCKS", 2)
+    monkeypatch.setattr(fused, "SECONDS", 0.05)
+    small = ["batch.prompts=4", "batch.group_size=2", "model.tiny.layers=1", "model.tiny.hidden=16"]
+    found = fused.rates(str(run_ours.CONFIGS / "quickstart_fused.yaml"), small)
+    assert found.keys() == {"part by part", "fused"}
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in found.values())
